@@ -1,0 +1,1015 @@
+"""Run a function over many tasks: one by one, on all cores, or on a cluster.
+
+Copy this file into a package of yours. It needs Python 3.10 or newer, joblib 1.5 or newer and
+nothing else.
+
+An engine is picked by name. Whatever the engine, results come from a generator:
+
+>>> engine = get_backend("single_process")
+>>> for result in engine.setup(abs, [-1, -2, -3]):
+...     print(result)
+1
+2
+3
+
+"single_process" (`SingleProcess`) runs the tasks one after another in this process. Take it to
+debug, since breakpoints, `print` and profilers work as ever, and for work too small to share out.
+
+"joblib" (`Joblib`) runs them in all cores; through joblib also in threads, or on a Dask or Ray
+cluster. Take it for everything else. Results then come in the order in which they complete:
+
+>>> engine = get_backend("joblib")
+>>> sorted(engine.setup(abs, [-1, -2, -3]))
+[1, 2, 3]
+
+Both are lazy, take endless tasks, agree on errors and can be left at any time; what else may be
+relied upon is said in `Joblib.setup`.
+
+The file belongs inside a package because a top-level module called ``distributed`` hides the
+package of that name in which Dask's scheduler lives.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import contextlib
+import functools
+import importlib
+import inspect
+import itertools
+import math
+import multiprocessing
+import numbers
+import operator
+import os
+import queue
+import sys
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar, overload
+
+# joblib ships no types; some users have its stubs installed.
+import joblib  # type: ignore[import-untyped, unused-ignore]
+import joblib.parallel  # type: ignore[import-untyped, unused-ignore]
+
+__all__ = ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
+__version__ = "1.0.0"
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class DistributedBackend(ABC):
+    """Interface of all engines.
+
+    Both methods are static, so that a class serves as well as an instance. An engine of your own
+    implements the two:
+
+    >>> class Backwards(DistributedBackend):
+    ...     @staticmethod
+    ...     def setup(task_func, tasks, num_workers=None, **kwargs):
+    ...         yield from map(task_func, reversed(list(tasks)))
+    ...
+    ...     @staticmethod
+    ...     def shutdown(*args, **kwargs):
+    ...         pass
+    >>> list(Backwards.setup(abs, iter([-1, -2, -3])))
+    [3, 2, 1]
+
+    The interface itself has no instances:
+
+    >>> DistributedBackend()  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    TypeError: Can't instantiate abstract class DistributedBackend with...
+    """
+
+    @staticmethod
+    @abstractmethod
+    def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterator[T],
+        num_workers: int | None = None,
+        **kwargs: Any,
+    ) -> Generator[R, None, None]:
+        """Run *task_func* on every one of *tasks*, in the way of the engine.
+
+        Parameters
+        ----------
+        task_func : Callable[[T], R]
+            The function to run; it is called with one task.
+        tasks : Iterator[T]
+            Yields the tasks.
+        num_workers : int, optional
+            Number of worker processes or threads. Default: as many as there are.
+        **kwargs
+            Options of the engine.
+
+        Returns
+        -------
+        Generator[R, None, None]
+            Yields the results as they complete.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def shutdown(*args: Any, **kwargs: Any) -> None:
+        """Release what the engine keeps between runs."""
+
+
+class SingleProcess(DistributedBackend):
+    """Runs tasks one after another in this process.
+
+    The simplest engine: for debugging, and for work that does not call for parallel execution.
+    """
+
+    @staticmethod
+    def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterable[T],
+        num_workers: int | None = None,
+        **kwargs: Any,
+    ) -> Generator[R, None, None]:
+        """Run *task_func* on every one of *tasks*, one after another.
+
+        A task is drawn when its result is asked for:
+
+        >>> def tasks():
+        ...     for task in (-1, -2):
+        ...         print("drawing", task)
+        ...         yield task
+        >>> results = SingleProcess.setup(abs, tasks())
+        >>> next(results)
+        drawing -1
+        1
+        >>> next(results)
+        drawing -2
+        2
+
+        What *task_func* or *tasks* raises is raised from the generator:
+
+        >>> results = SingleProcess.setup(int, ["1", "two"])
+        >>> next(results)
+        1
+        >>> next(results)
+        Traceback (most recent call last):
+        ValueError: invalid literal for int() with base 10: 'two'
+
+        Parameters
+        ----------
+        task_func : Callable[[T], R]
+            The function to run; it is called with one task.
+        tasks : Iterable[T]
+            The tasks; an iterator, as the interface has it, or any other iterable.
+        num_workers : None, optional
+            Ignored.
+        **kwargs
+            Ignored, so that the options of `Joblib` can stay in place while debugging.
+
+        Returns
+        -------
+        Generator[R, None, None]
+            Yields the results in the order of the tasks.
+
+        Raises
+        ------
+        TypeError
+            At once, if *task_func* is not callable or *tasks* is not iterable.
+        RuntimeError
+            From the generator, if *task_func* raises `StopIteration`, which becomes its cause:
+            out of a generator it would look like the end of the results.
+        """
+        return _one_by_one(task_func, _checked_call(task_func, tasks))
+
+    @staticmethod
+    def shutdown(*args: Any, **kwargs: Any) -> None:
+        """Do nothing, since nothing is kept between runs; call it any number of times, or never.
+
+        >>> SingleProcess.shutdown()
+        """
+
+
+class Joblib(DistributedBackend):
+    """Runs tasks in several worker processes, through joblib's `Parallel` and `delayed`.
+
+    For CPU-intensive work, which gains from true parallelism.
+    """
+
+    @staticmethod
+    def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterable[T],
+        num_workers: int | None = None,
+        **kwargs: Any,
+    ) -> Generator[R, None, None]:
+        """Run *task_func* on every one of *tasks*, in parallel.
+
+        Nothing is drawn or started before the first result is asked for, and then only so much
+        as keeps the workers busy. Two workers have four tasks out at first, however many there are:
+
+        >>> def tasks():
+        ...     for task in itertools.count():
+        ...         print("drawing", task)
+        ...         yield task
+        >>> results = Joblib.setup(abs, tasks(), num_workers=2)
+        >>> first = next(results)
+        drawing 0
+        drawing 1
+        drawing 2
+        drawing 3
+
+        Closing the generator ends the run, as do ``break``, ``del`` and an error:
+
+        >>> results.close()
+        >>> list(results)
+        []
+
+        Results can be had in the order of the tasks, under the same bound:
+
+        >>> list(Joblib.setup(abs, [-3, -1, -2], num_workers=2, return_as="generator"))
+        [3, 1, 2]
+
+        An error of a task is raised as it is, where its result would have been:
+
+        >>> results = Joblib.setup(int, ["1", "two"], num_workers=2, return_as="generator")
+        >>> next(results)
+        1
+        >>> next(results)
+        Traceback (most recent call last):
+        ValueError: invalid literal for int() with base 10: 'two'
+
+        An error of *tasks* is raised when the results of all that it did yield are out:
+
+        >>> def failing():
+        ...     yield -1
+        ...     yield -2
+        ...     raise LookupError("no more tasks")
+        >>> results = Joblib.setup(abs, failing(), num_workers=2, return_as="generator")
+        >>> next(results), next(results)
+        (1, 2)
+        >>> next(results)
+        Traceback (most recent call last):
+        LookupError: no more tasks
+
+        One run can feed another:
+
+        >>> absolute = Joblib.setup(abs, [-1, -2, -3], num_workers=2)
+        >>> sorted(Joblib.setup(str, absolute, num_workers=2))
+        ['1', '2', '3']
+
+        Parameters
+        ----------
+        task_func : Callable[[T], R]
+            The function to run; it is called with one task. It must be picklable by cloudpickle
+            (as lambdas and functions of ``__main__`` are) unless the workers are threads.
+        tasks : Iterable[T]
+            The tasks; an iterator, as the interface has it, or any other iterable.
+        num_workers : int, optional
+            Number of worker processes. Default: -1, which means all available cores, unless an
+            open `joblib.parallel_config` sets ``n_jobs``; -2 means all but one, and so on. With 1,
+            joblib runs the tasks in this process, one after another.
+        **kwargs
+            Options, all of which reach joblib. Those of `joblib.Parallel`, but for ``n_jobs``:
+
+            backend : str or joblib.parallel.ParallelBackendBase, default "loky"
+                "loky" (processes), "threading", "multiprocessing", "dask" (the cluster of the
+                current `dask.distributed.Client`), "ray", another registered name, or an instance.
+            return_as : {"generator_unordered", "generator"}, default "generator_unordered"
+                Whether results come as they complete or in the order of the tasks.
+            timeout : float, optional
+                Seconds. When the consumer has waited for that long and no task has completed, the
+                run ends with an error. Default: wait for ever. Ignored with one worker.
+            batch_size : int or "auto", default "auto"
+                Tasks sent to a worker at once; "auto" groups tasks that are quick.
+            pre_dispatch : int or str, default "2 * n_jobs"
+                Batches that may be out at a time, or "all", which lifts the bound.
+            prefer, require, verbose, temp_folder, max_nbytes, mmap_mode
+                As in joblib.
+
+            Also those that the joblib backend takes itself, such as loky's ``idle_worker_timeout``.
+            What its constructor takes goes into a `joblib.parallel_config`. One that is open when
+            `setup` is called is honoured; neither it nor a backend passed in is changed.
+
+        Returns
+        -------
+        Generator[R, None, None]
+            Yields the results as they complete. Like any generator, it can be read from several
+            threads, but from one at a time.
+
+        Raises
+        ------
+        TypeError, ValueError
+            At once, if an argument is not as said here; the message names it and shows the value.
+        ImportError
+            At once, if *backend* is "dask" or "ray" and its package is missing or hidden.
+        TimeoutError
+            From the generator, after *timeout*; it is a `multiprocessing.TimeoutError`, too.
+        RuntimeError
+            From the generator, if *task_func* raises `StopIteration`, which becomes its cause. If
+            a worker process dies: a subclass named after what the engine calls it.
+        Exception
+            From the generator: what a task raised, with the worker's traceback as its cause, or
+            what *tasks* raised.
+
+            >>> Joblib.setup(abs, [], backend="nope")  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ValueError: backend must be an instance or one of 'dask', ..., got 'nope'
+            >>> Joblib.setup(abs, [], bacth_size=1)  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            TypeError: unknown option bacth_size=1: expected one of 'backend', 'batch_size', ...
+
+        Notes
+        -----
+        These hold on every joblib backend, but for what is said below.
+
+        *The caller's thread.* *tasks* is advanced only inside ``next()``, in the thread that calls
+        it. A database cursor, a context variable or another run can feed it.
+
+        *Bounded.* At most *pre_dispatch* batches, and as many more as there are workers, have been
+        drawn beyond the results handed out, however slow the consumer. With ``batch_size=1`` and a
+        small *pre_dispatch* that is close enough for tasks that depend on earlier results.
+
+        *Nothing is lost.* Whatever results were received before an error are handed out first.
+
+        *Composable.* Runs can be chained, interleaved, overlapped and started inside a task.
+
+        *Independent.* A run that fails, times out or is closed does not disturb another.
+
+        *Ends cleanly.* Leaving a run, in any way, cancels what is queued, stops the workers that
+        are busy with it, and says nothing. So does leaving the interpreter with a run open.
+
+        *No hang.* A worker process that dies is an error.
+
+        *Self-contained.* Workers never import this module.
+
+        Not promised:
+
+        - loky has one pool of workers for a process. While one run has work in it, another run that
+          starts shares the pool as it is, with the number of workers and the memory-mapping
+          options of the first. A run that is left then ends its queued work, but what its workers
+          are busy with goes on until the other runs have ended, too. A worker that dies is an
+          error in every run that has work in the pool.
+        - Threads cannot be stopped: what they are busy with goes on in the background. The same is
+          true of Dask's workers, which are threads.
+        - `multiprocessing.Pool` does not tell that a worker died: only *timeout* ends the wait.
+        - Results of a batch arrive together: of a batch with a task that fails, there are none.
+        - Dask decides by itself how many tasks run at a time, whatever *num_workers* is.
+        """
+        run = _Run(task_func, _checked_call(task_func, tasks), num_workers, kwargs)
+        results = run.results()
+        _open_runs[results] = run
+        return results
+
+    @staticmethod
+    def shutdown(*args: Any, **kwargs: Any) -> None:
+        """Do nothing, since runs end by themselves; call it any number of times, or never.
+
+        joblib keeps loky's idle worker processes for the next run, for 300 seconds.
+
+        >>> Joblib.shutdown()
+        """
+
+
+@overload
+def get_backend(backend_name: Literal["single_process"]) -> SingleProcess: ...
+@overload
+def get_backend(backend_name: Literal["joblib"]) -> Joblib: ...
+@overload
+def get_backend(backend_name: str) -> DistributedBackend: ...
+def get_backend(backend_name: str) -> DistributedBackend:
+    """Return an engine by its name.
+
+    >>> isinstance(get_backend("joblib"), Joblib)
+    True
+
+    Parameters
+    ----------
+    backend_name : str
+        "single_process" for `SingleProcess`, "joblib" for `Joblib`.
+
+    Returns
+    -------
+    DistributedBackend
+        An instance, ready for use.
+
+    Raises
+    ------
+    ValueError
+        If *backend_name* is neither.
+
+        >>> get_backend("threads")
+        Traceback (most recent call last):
+        ValueError: backend_name must be 'single_process' or 'joblib', got 'threads'
+    """
+    if backend_name == "single_process":
+        return SingleProcess()
+    if backend_name == "joblib":
+        return Joblib()
+    raise ValueError(f"backend_name must be 'single_process' or 'joblib', got {backend_name!r}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments: all that is wrong with them is said when `setup` is called.
+
+
+def _checked_call(task_func: Callable[[T], R], tasks: Iterable[T]) -> Iterator[T]:
+    """Return an iterator over *tasks*, of which nothing has been drawn."""
+    if not callable(task_func):
+        raise TypeError(f"task_func must be callable, got {task_func!r}")
+    try:
+        return iter(tasks)
+    except TypeError as error:
+        raise TypeError(f"tasks must be iterable, got {tasks!r}") from error
+
+
+def _checked_num_workers(num_workers: int | None) -> int | None:
+    if num_workers is None:
+        return None
+    try:
+        count = operator.index(num_workers)
+    except TypeError:
+        raise TypeError(f"num_workers must be an integer or None, got {num_workers!r}") from None
+    if count == 0:
+        raise ValueError("num_workers must not be 0: use -1 for all cores, or 1, 2, ...")
+    return count
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, numbers.Integral) and int(value) >= least
+
+
+def _is_arithmetic(text: str) -> bool:
+    try:
+        tree = ast.parse(text.replace("n_jobs", "1"), mode="eval")
+    except SyntaxError:
+        return False
+    parts = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
+    return all(isinstance(node, parts) for node in ast.walk(tree))
+
+
+# What joblib would notice late, or not at all, or report without naming the option.
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "batch_size": (
+        "'auto' or a positive integer",
+        lambda value: value == "auto" or _is_integer(value, least=1),
+    ),
+    "max_nbytes": (
+        "a number of bytes, a string such as '1M', or None",
+        lambda value: value is None or isinstance(value, str) or _is_integer(value, least=0),
+    ),
+    "mmap_mode": (
+        "'r', 'r+', 'w+', 'c' or None",
+        lambda value: value in ("r", "r+", "w+", "c", None),
+    ),
+    "pre_dispatch": (
+        "'all', a positive integer or a formula such as '2 * n_jobs'",
+        lambda value: (
+            _is_integer(value, least=1)
+            or (isinstance(value, str) and (value == "all" or _is_arithmetic(value)))
+        ),
+    ),
+    "return_as": (
+        "'generator_unordered' or 'generator'",
+        lambda value: value in ("generator_unordered", "generator"),
+    ),
+    "temp_folder": (
+        "a path or None",
+        lambda value: value is None or isinstance(value, (str, os.PathLike)),
+    ),
+    "timeout": (
+        "a number of seconds, not negative, or None",
+        lambda value: value is None or (isinstance(value, numbers.Real) and float(value) >= 0),
+    ),
+    "verbose": ("a number", lambda value: isinstance(value, numbers.Real)),
+}
+
+
+def _check_options(options: dict[str, Any], backend: Any) -> None:
+    """Raise an error if one of *options* is unknown, or known to be bad."""
+    if "n_jobs" in options:
+        raise TypeError(f"n_jobs={options['n_jobs']!r} is not an option: use num_workers")
+    # What the backend itself takes is named by its configure method.
+    takers = (joblib.Parallel, type(backend).configure)
+    known = {
+        parameter.name
+        for taker in takers
+        for parameter in inspect.signature(taker).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    } - {"self", "n_jobs", "parallel"}
+    for name, value in options.items():
+        if name not in known:
+            expected = ", ".join(map(repr, sorted(known)))
+            raise TypeError(f"unknown option {name}={value!r}: expected one of {expected}")
+        if name in _CHECKS:
+            expected, is_valid = _CHECKS[name]
+            if not is_valid(value):
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _chosen_backend(backend: Any, hints: dict[str, Any]) -> Any:
+    """Return the joblib backend that `joblib.Parallel` would use; it may be shared."""
+    if backend is None:
+        return joblib.parallel.get_active_backend(**hints)[0]
+    if isinstance(backend, joblib.parallel.ParallelBackendBase):
+        return backend
+    if backend == "dask":
+        _require_dask()
+    elif backend == "ray":
+        _register_ray()
+    names = {
+        *joblib.parallel.BACKENDS,
+        *joblib.parallel.EXTERNAL_BACKENDS,
+        *joblib.parallel.MAYBE_AVAILABLE_BACKENDS,
+        "ray",
+    }
+    if not isinstance(backend, str) or backend not in names:
+        expected = ", ".join(map(repr, sorted(names)))
+        raise ValueError(f"backend must be an instance or one of {expected}, got {backend!r}")
+    active = joblib.parallel.get_active_backend()[0]
+    if type(active) is joblib.parallel.BACKENDS.get(backend):
+        return active  # with the options of the caller's parallel_config
+    with joblib.parallel_config(backend=backend):
+        return joblib.parallel.get_active_backend()[0]
+
+
+def _require_dask() -> None:
+    try:
+        package = importlib.import_module("distributed")
+    except ImportError as error:
+        message = "backend='dask' needs Dask: install it with pip install 'dask[distributed]'"
+        raise ImportError(message) from error
+    if not hasattr(package, "Client"):
+        raise ImportError(
+            f"backend='dask' needs Dask's package 'distributed', which {package.__file__} hides, "
+            "since it is a top-level module of the same name: move that file into a package"
+        )
+
+
+def _register_ray() -> None:
+    try:
+        ray = importlib.import_module("ray.util.joblib")
+    except ImportError as error:
+        message = "backend='ray' needs Ray: install it with pip install ray"
+        raise ImportError(message) from error
+    ray.register_ray()
+
+
+# ------------------------------------------------------------------------------------------------
+# Running tasks.
+#
+# joblib hands every batch of tasks to its backend together with a callback, which the backend runs
+# in a thread of its own when the batch has completed. In that callback lies the whole of joblib's
+# scheduling: it takes the results, then draws, batches and submits the next tasks. Here, the
+# backend's thread only puts a report into an _Inbox. The consumer's thread takes it out when it is
+# asked for the next result, and runs the callback itself. joblib stays the scheduler, but all that
+# it does is done in the consumer's thread, one step at a time (_Run).
+#
+# A joblib backend is made to work like that by a subclass (_ConsumerDriven). loky and Dask need
+# more than that, each for a reason of its own (_ConsumerDrivenLoky, _ConsumerDrivenDask).
+
+
+def _one_by_one(task_func: Callable[[T], R], tasks: Iterator[T]) -> Generator[R, None, None]:
+    for task in tasks:
+        yield task_func(task)  # not map(), which would take a StopIteration for the end
+
+
+class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
+    """No task completed in time. joblib's users catch the one, everybody else the other."""
+
+
+class _RunEnded(BaseException):
+    """Thrown into joblib's generator to end it: unlike close(), that makes it warn of nothing."""
+
+
+class _Failure:
+    """The outcome of a batch which ended in a way that the backend itself does not report."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+# On Windows, Ctrl-C does not interrupt a wait.
+_LONGEST_WAIT = 0.1 if sys.platform == "win32" else threading.TIMEOUT_MAX
+
+
+class _Inbox:
+    """What is known of the batches of a run that are out.
+
+    It belongs to the consumer's thread, but for the reports, which come from those of the backend.
+    """
+
+    def __init__(self, ordered: bool) -> None:
+        self.ordered = ordered
+        self.expected: dict[int, Callable[[Any], None]] = {}  # joblib's callbacks
+        self.numbers = itertools.count()
+        self.next_number = 0  # of the batch whose turn it is, if ordered
+        self.early: dict[int, Any] = {}  # outcomes of batches whose turn it is not
+        self.reports: queue.SimpleQueue[tuple[int | None, Any]] = queue.SimpleQueue()
+
+    def expect(self, callback: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Return the callback to give to the backend, in place of joblib's."""
+        number = next(self.numbers)
+        self.expected[number] = callback
+        return lambda outcome: self.reports.put((number, outcome))
+
+    def fail(self, error: BaseException) -> None:
+        """Report an error that no batch is known to have caused."""
+        self.reports.put((None, _Failure(error)))
+
+    def take(self, timeout: float | None) -> tuple[Callable[[Any], None], Any]:
+        """Return joblib's callback for the next batch to complete, and the outcome of the batch."""
+        number, outcome = self._next_report(timeout)
+        if number is None:
+            return _ignore, outcome
+        return self.expected.pop(number), outcome
+
+    def _next_report(self, timeout: float | None) -> tuple[int | None, Any]:
+        if not self.ordered:
+            return self._wait(timeout)
+        while self.next_number not in self.early:
+            number, outcome = self._wait(timeout)
+            if number is None:
+                return number, outcome
+            self.early[number] = outcome
+        number = self.next_number
+        self.next_number += 1
+        return number, self.early.pop(number)
+
+    def _wait(self, timeout: float | None) -> tuple[int | None, Any]:
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = max(deadline - time.monotonic(), 0)
+            try:
+                return self.reports.get(timeout=min(left, _LONGEST_WAIT))
+            except queue.Empty:
+                if left <= _LONGEST_WAIT:
+                    message = f"no task has completed within the timeout of {timeout!r} seconds"
+                    raise _TaskTimeoutError(message) from None
+
+
+def _ignore(outcome: Any) -> None:
+    pass
+
+
+class _Run:
+    """One call of `Joblib.setup`."""
+
+    def __init__(
+        self,
+        task_func: Callable[[Any], Any],
+        tasks: Iterator[Any],
+        num_workers: int | None,
+        options: dict[str, Any],
+    ) -> None:
+        n_jobs = _checked_num_workers(num_workers)
+        if n_jobs is None:
+            configured = joblib.parallel.get_active_backend()[1]
+            n_jobs = -1 if configured is None else configured
+        options = dict(options)
+        hints = {name: value for name, value in options.items() if name in ("prefer", "require")}
+        backend = _chosen_backend(options.pop("backend", None), hints)
+        _check_options(options, backend)
+        self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
+        self.timeout: float | None = options.pop("timeout", None)
+        self.backend = _consumer_driven(backend, self.inbox)
+        self.parallel = joblib.Parallel(
+            n_jobs=n_jobs, backend=self.backend, return_as="generator_unordered", **options
+        )
+        self.calls = self._calls(task_func, tasks)
+        self.tasks_error: Exception | None = None
+        self.exhausted = False
+        self.output: Generator[Any, None, None] | None = None
+        self.reader: threading.Thread | None = None
+        self.process = os.getpid()
+
+    def _calls(
+        self, task_func: Callable[[Any], Any], tasks: Iterator[Any]
+    ) -> Generator[Any, None, None]:
+        """Draw the tasks for joblib, which would drop results if an error came through."""
+        call = joblib.delayed(task_func)  # once a run: it is slow
+        try:
+            for task in tasks:
+                yield call(task)
+        except Exception as error:
+            self.tasks_error = error
+        self.exhausted = True
+
+    def results(self) -> Generator[Any, None, None]:
+        """Yield the results, advancing joblib as they are asked for."""
+        self.reader = threading.current_thread()
+        try:
+            self.output = self.parallel(self.calls)
+            with self.backend.waiting():
+                while self.inbox.expected:
+                    self.reader = threading.current_thread()
+                    callback, results = self._next_batch()
+                    while results:
+                        yield results.pop()  # hold on to none that has been handed out
+                    # Not before: tasks may be slow to draw, or depend on those results.
+                    callback(None)
+                    next(self.output)
+            yield from self.output  # with one worker, joblib has run nothing yet
+            if self.tasks_error is not None:
+                raise self.tasks_error
+            if not self.exhausted:
+                raise ValueError("pre_dispatch comes to less than 1")
+        finally:
+            self.tasks_error = None  # its traceback refers to this frame
+            self._end()
+
+    def _next_batch(self) -> tuple[Callable[[Any], None], list[Any]]:
+        callback, outcome = self.inbox.take(self.timeout)
+        try:
+            return callback, self.backend.results_of(outcome)
+        except BaseException as error:
+            # The traceback leads to the outcome, which may hold the error.
+            raise error.with_traceback(None) from error.__cause__
+
+    def _end(self) -> None:
+        output, self.output = self.output, None
+        if output is not None and inspect.getgeneratorstate(output) != inspect.GEN_CLOSED:
+            if threading.current_thread() is self.reader:
+                _end_joblib(output)
+            else:
+                # The garbage collector may have interrupted a thread that must go on for the run
+                # to end; hence another thread, which is not waited for without a limit.
+                ender = threading.Thread(target=_end_joblib, args=(output,))
+                ender.start()
+                ender.join(timeout=10)
+        self.calls.close()  # the tasks may come from another run, which ends, too
+
+
+def _end_joblib(output: Generator[Any, None, None]) -> None:
+    with contextlib.suppress(_RunEnded):
+        output.throw(_RunEnded())
+
+
+_open_runs: weakref.WeakKeyDictionary[Generator[Any, None, None], _Run]
+_open_runs = weakref.WeakKeyDictionary()
+
+
+def _close_open_runs() -> None:
+    """Close what nobody will read any more, as the interpreter exits."""
+    for results, run in list(_open_runs.items()):
+        reader = run.reader
+        if reader is None or run.process != os.getpid():
+            continue  # not started, or inherited by a fork
+        if reader is threading.main_thread() or not reader.is_alive():
+            results.close()
+
+
+class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc, unused-ignore]
+    """Mixed into the class of a joblib backend: lets the consumer act on what it reports."""
+
+    supports_return_generator = True  # some do not, since their callbacks would block
+    inbox: _Inbox
+
+    def submit(self, func: Any, callback: Any = None) -> Any:
+        report = self.inbox.expect(callback)
+        try:
+            return self.hand_over(func, report)
+        except Exception as error:
+            report(_Failure(error))  # to be raised after the results that came before it
+            return None
+
+    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
+        return super().submit(batch, callback=report)
+
+    def results_of(self, outcome: Any) -> list[Any]:
+        """Return the results of a batch, the last one first, or raise its error."""
+        if isinstance(outcome, _Failure):
+            raise outcome.error
+        results: list[Any] = super().retrieve_result_callback(outcome)
+        results.reverse()
+        return results
+
+    def retrieve_result_callback(self, out: Any) -> list[None]:
+        # joblib asks for the results in its callback, when they have been handed out. It gets one
+        # item a batch, so that its generator advances by one step a batch.
+        return [None]
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Return what surrounds the wait for results; joblib would enter it too late."""
+        context: contextlib.AbstractContextManager[None] = super().retrieval_context()
+        return context
+
+    def retrieval_context(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class _ConsumerDrivenLoky(_ConsumerDriven):
+    """Shares loky's one pool of workers with the other runs of the process.
+
+    joblib resizes or replaces the pool for each run that starts, and kills it for each that is
+    left. Here a pool in which another run has work is left as it is.
+    """
+
+    lock = threading.RLock()  # guards what follows, and the pool
+    live: weakref.WeakSet[_ConsumerDrivenLoky] = weakref.WeakSet()
+    pool_settings: tuple[Any, ...] | None = None  # what the pool was last configured with
+    abandoned: frozenset[Future[Any]] = frozenset()  # work of runs that were left
+
+    settings: tuple[Any, ...]  # what this run wants of the pool, or has found
+    batches: dict[Future[Any], Any]  # those in the pool
+
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        wanted: int = self.effective_n_jobs(n_jobs)
+        if wanted == 1:
+            super().configure(n_jobs=1, parallel=parallel, **options)  # raises FallbackToBackend
+        self.parallel = parallel
+        self.batches = {}
+        self.settings = (n_jobs, options, self.inner_max_num_threads, self.backend_kwargs)
+        with self.lock:
+            self.join_pool()
+            self.live.add(self)
+        return wanted
+
+    def join_pool(self) -> None:
+        busy = self.another_busy()
+        if busy is not None:
+            self.settings = busy.settings
+        elif self.pool_settings is not None and self.is_pool_haunted():
+            # loky would wait for the end of that work before it changes the pool.
+            self.use_pool(self.pool_settings)
+            self.kill_pool()
+        self.use_pool(self.settings)
+
+    def use_pool(self, settings: tuple[Any, ...]) -> None:
+        n_jobs, options, self.inner_max_num_threads, self.backend_kwargs = settings
+        super().configure(n_jobs=n_jobs, parallel=self.parallel, **options)
+        _ConsumerDrivenLoky.pool_settings = settings
+
+    def is_busy(self) -> bool:
+        return any(not job.done() for job in self.batches)
+
+    def is_pool_haunted(self) -> bool:
+        """Tell if workers are busy for a run that was left."""
+        _ConsumerDrivenLoky.abandoned = frozenset(job for job in self.abandoned if not job.done())
+        return bool(self.abandoned)
+
+    def another_busy(self) -> _ConsumerDrivenLoky | None:
+        return next((run for run in self.live if run is not self and run.is_busy()), None)
+
+    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
+        with self.lock:
+            if self.settings is not self.pool_settings:
+                self.join_pool()  # another run has changed it since
+            try:
+                job = super().hand_over(batch, report)
+            except RuntimeError:  # the pool is broken, or was shut down by somebody else
+                self.join_pool()
+                job = super().hand_over(batch, report)
+            self.batches[job] = batch
+        _close_open_runs_before_loky_waits()
+        return job
+
+    def results_of(self, outcome: Any) -> list[Any]:
+        with self.lock:
+            self.batches.pop(outcome, None)
+        return super().results_of(outcome)
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        with self.lock:
+            left = {job: batch for job, batch in self.batches.items() if not job.done()}
+            self.batches.clear()
+            _ConsumerDrivenLoky.abandoned |= left.keys()
+            if self.another_busy() is None:
+                self.kill_pool()
+            else:
+                # Futures are not cancelled: loky's manager thread does not survive a kill of the
+                # pool while it has cancelled ones. A batch of nothing is as good.
+                for batch in left.values():
+                    batch.items.clear()
+
+    def kill_pool(self) -> None:
+        # Nor does it survive a kill before it has moved on what was submitted, as far as there is
+        # room in the queue of the workers. To look for room it must be woken, by a submission.
+        with contextlib.suppress(RuntimeError):  # broken already
+            last = super().submit(joblib.parallel.BatchedCalls([], (None, None)))
+            _wait_while_moving(self.abandoned | {last})
+        super().abort_everything(ensure_ready=False)
+        _ConsumerDrivenLoky.abandoned = frozenset()
+        _ConsumerDrivenLoky.pool_settings = None
+
+    def terminate(self) -> None:
+        with self.lock:
+            self.live.discard(self)
+            if self.is_pool_haunted() and self.another_busy() is None:
+                self.kill_pool()  # it was spared for the sake of this run
+            super().terminate()
+
+
+def _wait_while_moving(jobs: Iterable[Future[Any]]) -> None:
+    """Wait until none of *jobs* is pending, or none has ceased to be for a while."""
+    pending, deadline = set(jobs), math.inf
+    while pending and time.monotonic() < deadline:
+        before, pending = pending, {job for job in pending if not job.running() and not job.done()}
+        if len(pending) < len(before) or deadline == math.inf:
+            deadline = time.monotonic() + 0.05
+        time.sleep(0.001)
+
+
+@functools.cache
+def _close_open_runs_before_loky_waits() -> None:
+    """Have open runs closed at exit, before loky waits for what its workers are busy with.
+
+    loky waits in a hook of `threading`, before any of `atexit`. Of these, the last to be registered
+    is the first to run; so this is done once, after loky has registered its own.
+    """
+    # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving the
+    # interpreter with a run open takes as long as the tasks that are running.
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(_close_open_runs)
+
+
+class _ConsumerDrivenDask(_ConsumerDriven):
+    """Adds what joblib's Dask backend does not tell, and does not do."""
+
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        # With one worker joblib would run the tasks in this process, not on the cluster.
+        workers: int = super().configure(n_jobs=n_jobs, parallel=parallel, **options)
+        return max(workers, 2)
+
+    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
+        def report_error(job: Future[Any]) -> None:
+            error = job.exception()
+            if error is not None:
+                report(_Failure(error))
+
+        job = super().hand_over(batch, report)
+        job.add_done_callback(report_error)  # when a worker is lost, joblib does no more than that
+        return job
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        futures = list(self.waiting_futures.futures)
+        super().abort_everything(ensure_ready=ensure_ready)
+        if self.client.status == "running":
+            self.client.cancel(futures)  # joblib only forgets them
+
+
+class _DaskClient:
+    """A Dask client for joblib, on whose event loop nothing fails in silence.
+
+    There joblib sends tasks and fetches results. What cannot be pickled makes that fail; all that
+    Dask does about it is to write to a log.
+    """
+
+    def __init__(self, client: Any, inbox: _Inbox) -> None:
+        self.client = client
+        self.inbox = inbox
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    @property
+    def loop(self) -> _DaskClient:
+        return self
+
+    def add_callback(self, function: Callable[..., Any], *args: Any) -> None:
+        async def guarded() -> None:
+            try:
+                await function(*args)
+            except Exception as error:
+                self.inbox.fail(error)
+
+        self.client.loop.add_callback(guarded)
+
+
+@functools.cache
+def _subclass(mixin: Any, kind: Any) -> Any:
+    return type(kind.__name__, (mixin, kind), {})  # joblib shows the name
+
+
+def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
+    """Return a joblib backend like *backend*, which is left as it is, for one run."""
+    is_sequential = isinstance(backend, joblib.parallel.SequentialBackend)
+    if not (is_sequential or backend.supports_retrieve_callback):
+        raise ValueError(f"backend must tell when a batch has completed, got {backend!r}")
+    dask = joblib.parallel.BACKENDS.get("dask")
+    is_dask = isinstance(dask, type) and isinstance(backend, dask)
+    kind: Any = type(backend)
+    mixin: Any = _ConsumerDriven
+    if isinstance(backend, joblib.parallel.LokyBackend):
+        mixin = _ConsumerDrivenLoky
+    elif is_dask:
+        mixin = _ConsumerDrivenDask
+    clone = object.__new__(_subclass(mixin, kind))
+    vars(clone).update(vars(backend))
+    if is_dask:
+        # What it keeps of its calls must not be shared; what was scattered may be.
+        clone.__init__(
+            client=_DaskClient(backend.client, inbox),
+            wait_for_workers_timeout=backend.wait_for_workers_timeout,
+            **backend.submit_kwargs,
+        )
+        clone.nesting_level = backend.nesting_level
+        clone.data_futures = backend.data_futures  # by the id of what was scattered:
+        clone.original = backend  # keeps that alive
+    if hasattr(clone, "reset_batch_stats"):
+        clone.reset_batch_stats()  # those of another run
+    clone.inbox = inbox
+    return clone
