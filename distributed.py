@@ -44,6 +44,7 @@ import numbers
 import operator
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -51,7 +52,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 # joblib ships no types; some users have its stubs installed.
 import joblib  # type: ignore[import-untyped, unused-ignore]
@@ -459,7 +460,11 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "max_nbytes": (
         "a number of bytes, a string such as '1M', or None",
-        lambda value: value is None or isinstance(value, str) or _is_integer(value, least=0),
+        lambda value: (
+            value is None
+            or _is_integer(value, least=0)
+            or (isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[KMG]", value) is not None)
+        ),
     ),
     "mmap_mode": (
         "'r', 'r+', 'w+', 'c' or None",
@@ -508,6 +513,8 @@ def _check_options(options: dict[str, Any], backend: Any) -> None:
             expected, is_valid = _CHECKS[name]
             if not is_valid(value):
                 raise ValueError(f"{name} must be {expected}, got {value!r}")
+    if options.get("require") == "sharedmem" and not getattr(backend, "supports_sharedmem", False):
+        raise ValueError(f"require='sharedmem' is more than {type(backend).__name__} can do")
 
 
 def _chosen_backend(backend: Any, hints: dict[str, Any]) -> Any:
@@ -627,6 +634,9 @@ class _Inbox:
             return _ignore, outcome
         return self.expected.pop(number), outcome
 
+    def count_running(self) -> int:
+        return len(self.expected) - len(self.early) - self.reports.qsize()
+
     def _next_report(self, timeout: float | None) -> tuple[int | None, Any]:
         if not self.ordered:
             return self._wait(timeout)
@@ -685,15 +695,16 @@ class _Run:
         self.output: Generator[Any, None, None] | None = None
         self.reader: threading.Thread | None = None
         self.process = os.getpid()
+        self.ended = threading.Event()
 
     def _calls(
         self, task_func: Callable[[Any], Any], tasks: Iterator[Any]
     ) -> Generator[Any, None, None]:
         """Draw the tasks for joblib, which would drop results if an error came through."""
-        call = joblib.delayed(task_func)  # once a run: it is slow
+        function, _, keywords = joblib.delayed(task_func)()  # once: it is slow
+        calls = zip(itertools.repeat(function), zip(tasks), itertools.repeat(keywords))
         try:
-            for task in tasks:
-                yield call(task)
+            yield from calls
         except Exception as error:
             self.tasks_error = error
         self.exhausted = True
@@ -701,6 +712,7 @@ class _Run:
     def results(self) -> Generator[Any, None, None]:
         """Yield the results, advancing joblib as they are asked for."""
         self.reader = threading.current_thread()
+        _close_open_runs_at_exit()
         try:
             self.output = self.parallel(self.calls)
             with self.backend.waiting():
@@ -720,6 +732,7 @@ class _Run:
         finally:
             self.tasks_error = None  # its traceback refers to this frame
             self._end()
+            self.ended.set()
 
     def _next_batch(self) -> tuple[Callable[[Any], None], list[Any]]:
         callback, outcome = self.inbox.take(self.timeout)
@@ -736,10 +749,8 @@ class _Run:
                 _end_joblib(output)
             else:
                 # The garbage collector may have interrupted a thread that must go on for the run
-                # to end; hence another thread, which is not waited for without a limit.
-                ender = threading.Thread(target=_end_joblib, args=(output,))
-                ender.start()
-                ender.join(timeout=10)
+                # to end.
+                _call_in_thread(functools.partial(_end_joblib, output))
         self.calls.close()  # the tasks may come from another run, which ends, too
 
 
@@ -748,18 +759,38 @@ def _end_joblib(output: Generator[Any, None, None]) -> None:
         output.throw(_RunEnded())
 
 
+def _call_in_thread(function: Callable[[], Any]) -> None:
+    """Call *function*, but go on after some seconds even if it has not returned."""
+    thread = threading.Thread(target=function, daemon=True)
+    if sys.is_finalizing():
+        function()  # a thread would not get to run
+        return
+    try:
+        thread.start()
+    except RuntimeError:
+        function()  # as the interpreter exits, Python 3.12 may refuse to start a thread
+        return
+    thread.join(timeout=10)
+
+
 _open_runs: weakref.WeakKeyDictionary[Generator[Any, None, None], _Run]
 _open_runs = weakref.WeakKeyDictionary()
 
 
 def _close_open_runs() -> None:
-    """Close what nobody will read any more, as the interpreter exits."""
+    """End what nobody will read to the end, as the interpreter exits."""
     for results, run in list(_open_runs.items()):
         reader = run.reader
         if reader is None or run.process != os.getpid():
             continue  # not started, or inherited by a fork
         if reader is threading.main_thread() or not reader.is_alive():
-            results.close()
+            with contextlib.suppress(ValueError):  # a daemon thread is just doing the same
+                results.close()
+        elif reader.daemon:
+            # It must not take this for the end of the results; SystemExit ends it in silence.
+            run.inbox.fail(SystemExit())
+            run.backend.abort_everything(ensure_ready=False)
+            run.ended.wait(timeout=1)
 
 
 class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc, unused-ignore]
@@ -801,6 +832,27 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         return contextlib.nullcontext()
 
 
+def _wait_while_falling(count: Callable[[], int]) -> None:
+    """Wait until *count* is 0; but neither if it does not fall for a while, nor for long."""
+    lowest, now = count(), time.monotonic()
+    end, limit = now + 0.05, now + 1
+    while lowest > 0 and time.monotonic() < min(end, limit):
+        time.sleep(0.001)
+        if count() < lowest:
+            lowest, end = count(), time.monotonic() + 0.05
+
+
+class _PoolSettings(NamedTuple):
+    n_jobs: int
+    options: dict[str, Any]
+    inner_max_num_threads: int | None
+    backend_kwargs: dict[str, Any]
+
+    @property
+    def temp_folder(self) -> Any:
+        return self.options.get("temp_folder")
+
+
 class _ConsumerDrivenLoky(_ConsumerDriven):
     """Shares loky's one pool of workers with the other runs of the process.
 
@@ -810,10 +862,10 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
 
     lock = threading.RLock()  # guards what follows, and the pool
     live: weakref.WeakSet[_ConsumerDrivenLoky] = weakref.WeakSet()
-    pool_settings: tuple[Any, ...] | None = None  # what the pool was last configured with
+    pool_settings: _PoolSettings | None = None  # None: there is no pool that is known of
     abandoned: frozenset[Future[Any]] = frozenset()  # work of runs that were left
 
-    settings: tuple[Any, ...]  # what this run wants of the pool, or has found
+    settings: _PoolSettings  # what this run wants of the pool, or has found
     batches: dict[Future[Any], Any]  # those in the pool
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
@@ -822,7 +874,9 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
             super().configure(n_jobs=1, parallel=parallel, **options)  # raises FallbackToBackend
         self.parallel = parallel
         self.batches = {}
-        self.settings = (n_jobs, options, self.inner_max_num_threads, self.backend_kwargs)
+        self.settings = _PoolSettings(
+            n_jobs, options, self.inner_max_num_threads, self.backend_kwargs
+        )
         with self.lock:
             self.join_pool()
             self.live.add(self)
@@ -832,15 +886,20 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         busy = self.another_busy()
         if busy is not None:
             self.settings = busy.settings
-        elif self.pool_settings is not None and self.is_pool_haunted():
-            # loky would wait for the end of that work before it changes the pool.
+        elif self.pool_settings is not None and (
+            # loky would wait for the end of such work before it changes the pool, and
+            self.is_pool_haunted()
+            # joblib does not change that of a pool.
+            or self.pool_settings.temp_folder != self.settings.temp_folder
+        ):
             self.use_pool(self.pool_settings)
             self.kill_pool()
         self.use_pool(self.settings)
 
-    def use_pool(self, settings: tuple[Any, ...]) -> None:
-        n_jobs, options, self.inner_max_num_threads, self.backend_kwargs = settings
-        super().configure(n_jobs=n_jobs, parallel=self.parallel, **options)
+    def use_pool(self, settings: _PoolSettings) -> None:
+        self.inner_max_num_threads = settings.inner_max_num_threads
+        self.backend_kwargs = settings.backend_kwargs
+        super().configure(n_jobs=settings.n_jobs, parallel=self.parallel, **settings.options)
         _ConsumerDrivenLoky.pool_settings = settings
 
     def is_busy(self) -> bool:
@@ -886,11 +945,16 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                     batch.items.clear()
 
     def kill_pool(self) -> None:
+        if self.pool_settings is None:
+            return  # another run has killed it
         # Nor does it survive a kill before it has moved on what was submitted, as far as there is
         # room in the queue of the workers. To look for room it must be woken, by a submission.
         with contextlib.suppress(RuntimeError):  # broken already
-            last = super().submit(joblib.parallel.BatchedCalls([], (None, None)))
-            _wait_while_moving(self.abandoned | {last})
+            last = super().hand_over(joblib.parallel.BatchedCalls([], (None, None)), _ignore)
+            jobs = {last, *self.abandoned}
+            _wait_while_falling(
+                lambda: sum(not job.running() and not job.done() for job in jobs)
+            )
         super().abort_everything(ensure_ready=False)
         _ConsumerDrivenLoky.abandoned = frozenset()
         _ConsumerDrivenLoky.pool_settings = None
@@ -903,27 +967,34 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
             super().terminate()
 
 
-def _wait_while_moving(jobs: Iterable[Future[Any]]) -> None:
-    """Wait until none of *jobs* is pending, or none has ceased to be for a while."""
-    pending, deadline = set(jobs), math.inf
-    while pending and time.monotonic() < deadline:
-        before, pending = pending, {job for job in pending if not job.running() and not job.done()}
-        if len(pending) < len(before) or deadline == math.inf:
-            deadline = time.monotonic() + 0.05
-        time.sleep(0.001)
+@functools.cache
+def _close_open_runs_at_exit() -> None:
+    atexit.register(_close_open_runs)
 
 
 @functools.cache
 def _close_open_runs_before_loky_waits() -> None:
-    """Have open runs closed at exit, before loky waits for what its workers are busy with.
+    """Have open runs closed before loky, at exit, waits for what its workers are busy with.
 
-    loky waits in a hook of `threading`, before any of `atexit`. Of these, the last to be registered
-    is the first to run; so this is done once, after loky has registered its own.
+    It waits in a hook of `threading`, before any of `atexit`. Of these, the last to be registered is
+    the first to run; so this is done once, after loky has registered its own.
     """
     # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving the
     # interpreter with a run open takes as long as the tasks that are running.
     register = getattr(threading, "_register_atexit", atexit.register)
     register(_close_open_runs)
+
+
+class _ConsumerDrivenPool(_ConsumerDriven):
+    """Gets over a weakness of `multiprocessing.Pool`.
+
+    When it terminates a worker that is just sending a result, it waits for ever for a lock that the
+    worker had.
+    """
+
+    def terminate(self) -> None:
+        _wait_while_falling(self.inbox.count_running)
+        _call_in_thread(super().terminate)
 
 
 class _ConsumerDrivenDask(_ConsumerDriven):
@@ -995,6 +1066,8 @@ def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
     mixin: Any = _ConsumerDriven
     if isinstance(backend, joblib.parallel.LokyBackend):
         mixin = _ConsumerDrivenLoky
+    elif isinstance(backend, joblib.parallel.MultiprocessingBackend):
+        mixin = _ConsumerDrivenPool
     elif is_dask:
         mixin = _ConsumerDrivenDask
     clone = object.__new__(_subclass(mixin, kind))

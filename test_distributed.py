@@ -1,0 +1,1126 @@
+"""What a doctest cannot show well: faults, threads, leaks and other engines.
+
+The module is loaded under a name by which no worker could import it, so that a test fails if
+anything of it is pickled to a worker. Most tasks are expressions, run by `eval`: a function that
+every engine can send to its workers.
+"""
+
+import contextlib
+import contextvars
+import functools
+import gc
+import importlib.util
+import inspect
+import itertools
+import multiprocessing
+import operator
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import typing
+from collections import Counter
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+
+import joblib
+import joblib.parallel
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FILE = Path(__file__).with_name("distributed.py")
+README = Path(__file__).with_name("README.md")
+
+spec = importlib.util.spec_from_file_location("vendored.distributed", FILE)
+distributed = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = distributed
+spec.loader.exec_module(distributed)
+Joblib, SingleProcess = distributed.Joblib, distributed.SingleProcess
+
+pytestmark = [
+    # CPython's advice, on each fork of multiprocessing, to a process that has threads.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
+
+# ------------------------------------------------------------------------------------------------
+# Tasks
+
+
+def value(number):
+    return repr(number)
+
+
+def raising(error):
+    """An expression that raises what the expression *error* makes."""
+    return f"(_ for _ in ()).throw({error})"
+
+
+def touch(path, number=0):
+    return f"(__import__('pathlib').Path({str(path)!r}).touch(), {number!r})[1]"
+
+
+def await_path(path, number=0):
+    """An expression for *number*, as soon as there is a file at *path*."""
+    exists, sleep = f"__import__('os').path.exists({str(path)!r})", "__import__('time').sleep(0.01)"
+    return f"([*iter(lambda: {exists} or {sleep}, True)], {number!r})[1]"
+
+
+def block(folder):
+    """An expression that leaves a file named like its process in *folder*, and goes on for ever."""
+    pid = "str(__import__('os').getpid())"
+    mark = f"__import__('pathlib').Path({str(folder)!r}, {pid}).touch()"
+    return f"({mark}, __import__('time').sleep(3600))"
+
+
+KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
+EXIT = "__import__('os')._exit(7)"
+PID = "__import__('os').getpid()"
+
+
+def wait_until(condition):
+    while not condition():  # pytest-timeout puts an end to it
+        time.sleep(0.01)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def pids_in(folder):
+    return [int(path.name) for path in folder.iterdir()]
+
+
+def collect(results, *errors):
+    """Return what *results* yields, and what error of *errors* it ends with."""
+    received = []
+    try:
+        for result in results:
+            received.append(result)
+    except errors as error:
+        return received, error
+    return received, None
+
+
+# ------------------------------------------------------------------------------------------------
+# Engines. A test that takes one of these fixtures holds on every engine of which it has a parameter.
+
+
+@contextlib.contextmanager
+def dask_client(folder, allowed_failures):
+    """Connect to a cluster of another process, so that its workers share nothing with this one."""
+    script = """
+        import sys
+        from dask.distributed import LocalCluster
+
+        if __name__ == "__main__":
+            with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+                print(cluster.scheduler_address, flush=True)
+                sys.stdin.read()
+    """
+    (folder / "cluster.py").write_text(textwrap.dedent(script))
+    environment = {
+        **os.environ,
+        "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(allowed_failures),
+        "DASK_TEMPORARY_DIRECTORY": str(folder),
+    }
+    with subprocess.Popen(
+        [sys.executable, "cluster.py"],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        from dask.distributed import Client
+
+        try:
+            with Client(process.stdout.readline().strip()) as client:
+                yield client
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def dask(tmp_path_factory):
+    with dask_client(tmp_path_factory.mktemp("dask"), allowed_failures=3) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def ray(tmp_path_factory):
+    ray = pytest.importorskip("ray")
+    folder = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("ray"))  # Ray puts the folder on the path of its workers
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+    os.chdir(folder)
+
+
+LOCAL = ["loky", "threading", "multiprocessing"]
+CLUSTERS = [pytest.param(name, marks=pytest.mark.engines) for name in ("dask", "ray")]
+
+
+def start(request, name):
+    if name in ("dask", "ray"):
+        request.getfixturevalue(name)
+    return functools.partial(Joblib.setup, num_workers=2, backend=name)
+
+
+@pytest.fixture(params=[*LOCAL, *CLUSTERS])
+def setup(request):
+    """`Joblib.setup` on two workers of one of joblib's backends."""
+    return start(request, request.param)
+
+
+@pytest.fixture(params=["single_process", *LOCAL, *CLUSTERS])
+def any_setup(request):
+    """`setup` of either engine, with results in order."""
+    if request.param == "single_process":
+        return SingleProcess.setup
+    return functools.partial(start(request, request.param), return_as="generator")
+
+
+@pytest.fixture(params=["loky", "multiprocessing", pytest.param("ray", marks=pytest.mark.engines)])
+def stoppable_setup(request):
+    """`Joblib.setup` on backends whose workers can be stopped."""
+    return start(request, request.param)
+
+
+# ------------------------------------------------------------------------------------------------
+# The interface
+
+
+@pytest.mark.parametrize("engine", [distributed.DistributedBackend, SingleProcess, Joblib])
+def test_signatures(engine):
+    parameters = inspect.signature(engine.setup).parameters
+    assert list(parameters) == ["task_func", "tasks", "num_workers", "kwargs"]
+    assert parameters["num_workers"].default is None
+    assert parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+    shutdown = inspect.signature(engine.shutdown).parameters
+    assert [str(parameter) for parameter in shutdown.values()] == ["*args: 'Any'", "**kwargs: 'Any'"]
+    for method in ("setup", "shutdown"):
+        assert isinstance(inspect.getattr_static(engine, method), staticmethod)
+
+
+def test_annotations():
+    hints = typing.get_type_hints(distributed.DistributedBackend.setup)
+    T, R = distributed.T, distributed.R
+    assert hints == {
+        "task_func": typing.get_type_hints(Joblib.setup)["task_func"],
+        "tasks": distributed.Iterator[T],
+        "num_workers": int | None,
+        "kwargs": typing.Any,
+        "return": distributed.Generator[R, None, None],
+    }
+    for engine in (SingleProcess, Joblib):
+        assert typing.get_type_hints(engine.setup)["tasks"] == distributed.Iterable[T]
+
+
+def test_interface_is_abstract():
+    assert distributed.DistributedBackend.__abstractmethods__ == {"setup", "shutdown"}
+    assert issubclass(SingleProcess, distributed.DistributedBackend)
+    assert issubclass(Joblib, distributed.DistributedBackend)
+
+
+def test_get_backend():
+    assert type(distributed.get_backend("single_process")) is SingleProcess
+    assert type(distributed.get_backend("joblib")) is Joblib
+
+
+@pytest.mark.parametrize("name", ["Joblib", "", None, ["joblib"]])
+def test_get_backend_refuses(name):
+    with pytest.raises(ValueError, match=re.escape(repr(name))) as caught:
+        distributed.get_backend(name)
+    assert "'single_process'" in str(caught.value)
+    assert "'joblib'" in str(caught.value)
+
+
+def test_public_names():
+    assert distributed.__all__ == ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", distributed.__version__)
+
+
+def test_results_are_a_generator(any_setup):
+    assert inspect.isgenerator(any_setup(abs, [-1]))
+
+
+@pytest.mark.parametrize("engine", [SingleProcess, Joblib])
+def test_shutdown_may_be_called_at_any_time(engine):
+    results = engine.setup(abs, [-1, -2])
+    engine.shutdown()
+    assert sorted(results) == [1, 2]
+    assert engine.shutdown("anything", wait=True) is None
+
+
+def test_single_process_ignores_options():
+    results = SingleProcess.setup(abs, [-2, -1], num_workers=0, timeout=-1, n_jobs="two", nonsense=1)
+    assert list(results) == [2, 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Promises
+
+
+def test_nothing_happens_before_the_first_result(setup):
+    drawn = []
+    tasks = (drawn.append(task) or task for task in [-1, -2])
+    threads, children = threading.enumerate(), multiprocessing.active_children()
+    results = setup(abs, tasks)
+    assert drawn == []
+    assert threading.enumerate() == threads
+    assert multiprocessing.active_children() == children
+    assert sorted(results) == [1, 2]
+    assert drawn == [-1, -2]
+
+
+def test_tasks_are_drawn_in_the_thread_and_context_of_the_consumer(setup):
+    variable = contextvars.ContextVar("variable")
+    variable.set("consumer's")
+    inside = False
+    seen = []
+
+    def tasks():
+        for task in range(50):
+            seen.append((threading.get_ident(), variable.get(None), inside))
+            yield task
+
+    results = setup(abs, tasks())
+    for _ in range(50):
+        inside = True
+        next(results)
+        inside = False
+    assert next(results, None) is None
+    assert set(seen) == {(threading.get_ident(), "consumer's", True)}
+
+
+def test_a_database_cursor_can_feed(setup):
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        rows = "WITH RECURSIVE r(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM r WHERE n < 99) SELECT n FROM r"
+        assert sorted(setup(sum, database.execute(rows))) == list(range(100))
+
+
+@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
+@pytest.mark.parametrize(("batch_size", "pre_dispatch"), [(1, 1), (1, "2 * n_jobs"), (3, 5)])
+def test_bounded(setup, tmp_path, return_as, batch_size, pre_dispatch):
+    drawn = []
+
+    def tasks():
+        for task in itertools.count():
+            drawn.append(task)
+            yield touch(tmp_path / str(task))
+
+    results = setup(
+        eval, tasks(), return_as=return_as, batch_size=batch_size, pre_dispatch=pre_dispatch
+    )
+    bound = (eval(str(pre_dispatch), {"n_jobs": 2}) + 2) * batch_size
+    for handed_out in range(1, 13):
+        next(results)
+        # Let the workers do all that they have. What has not been submitted is less than a draw.
+        wait_until(lambda: len(list(tmp_path.iterdir())) > len(drawn) - 2 * batch_size)
+        assert len(drawn) <= handed_out + bound
+    results.close()
+
+
+def test_ask_and_tell(setup):
+    asked, told, lags = 0, 0, []
+
+    def ask():
+        nonlocal asked
+        while told < 30:
+            asked += 1
+            lags.append(asked - told)
+            yield asked
+
+    for _ in setup(abs, ask(), batch_size=1, pre_dispatch=2):
+        told += 1
+    assert told == asked
+    assert max(lags) <= 2 + 2
+
+
+def test_a_result_is_not_held_back_by_slow_tasks(setup):
+    received = []
+
+    def tasks():
+        yield from range(4)  # as many as are out at first
+        assert received  # or else this would not be the time to ask for more
+        yield 4
+
+    for result in setup(abs, tasks(), batch_size=1):
+        received.append(result)
+    assert sorted(received) == [0, 1, 2, 3, 4]
+
+
+def test_results_come_as_they_complete(setup, tmp_path):
+    results = setup(eval, [await_path(tmp_path / "go", "slow"), value(1), value(2), value(3)])
+    assert {next(results), next(results), next(results)} == {1, 2, 3}
+    (tmp_path / "go").touch()
+    assert list(results) == ["slow"]
+
+
+def test_results_in_order(setup, tmp_path):
+    tasks = [await_path(tmp_path / "go", 0), *(value(task) for task in range(1, 20)), "20"]
+    tasks[2] = touch(tmp_path / "go", 2)  # the first to complete is not the first in order
+    assert list(setup(eval, tasks, return_as="generator", batch_size=1)) == list(range(21))
+
+
+class CountingLoky(joblib.parallel.LokyBackend):
+    """Counts the batches that joblib makes."""
+
+    submitted: typing.ClassVar[list[int]] = []
+
+    def submit(self, func, callback=None):
+        self.submitted.append(len(func))
+        return super().submit(func, callback)
+
+
+def test_batching_is_that_of_joblib():
+    CountingLoky.submitted.clear()
+    assert len(list(Joblib.setup(abs, range(20_000), num_workers=2, backend=CountingLoky()))) == 20_000
+    assert sum(CountingLoky.submitted) == 20_000
+    assert len(CountingLoky.submitted) < 2_000
+    CountingLoky.submitted.clear()
+    results = Joblib.setup(abs, range(70), num_workers=2, batch_size=7, backend=CountingLoky())
+    assert len(list(results)) == 70
+    assert max(CountingLoky.submitted) == 7
+
+
+def test_an_error_of_a_task(any_setup):
+    results = any_setup(eval, [value(1), value(2), raising("KeyError('key', 3)"), value(4)])
+    received, error = collect(results, Exception)
+    assert received == [1, 2]
+    assert type(error) is KeyError
+    assert error.args == ("key", 3)
+    assert list(results) == []
+
+
+def test_an_error_of_a_task_has_the_traceback_of_the_worker(setup):
+    _, error = collect(setup(eval, [raising("KeyError()")]), KeyError)
+    assert "<genexpr>" in str(error.__cause__)
+
+
+def test_an_error_comes_after_what_was_received_before(setup, tmp_path):
+    tasks = [touch(tmp_path / str(task), task) for task in range(3)]
+    results = setup(eval, [*tasks, await_path(tmp_path / "go") + " or 1 / 0"], batch_size=1)
+    received = [next(results)]
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 3)
+    (tmp_path / "go").touch()
+    rest, error = collect(results, ZeroDivisionError)
+    assert sorted([*received, *rest]) == [0, 1, 2]
+    assert error is not None
+
+
+def test_a_stop_iteration_of_a_task_is_an_error(any_setup):
+    received, error = collect(any_setup(eval, [value(1), "next(iter([]))"]), Exception)
+    assert received == [1]
+    assert type(error) is RuntimeError
+    assert type(error.__cause__) is StopIteration
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"batch_size": 7}])
+def test_an_error_of_the_tasks_comes_after_all_results(any_setup, options):
+    def tasks():
+        yield from range(30)
+        raise LookupError("no more", 30)
+
+    received, error = collect(any_setup(abs, tasks(), **options), LookupError)
+    assert received == list(range(30))
+    assert error.args == ("no more", 30)
+
+
+def test_an_interrupt_of_the_tasks_comes_at_once(setup):
+    def tasks():
+        yield value(1)
+        raise KeyboardInterrupt
+
+    received, error = collect(setup(eval, tasks()), KeyboardInterrupt)
+    assert error is not None
+    assert received == []
+    assert sorted(setup(abs, [-1, -2])) == [1, 2]
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
+def test_runs_can_be_chained(setup, depth, return_as):
+    stage = iter(range(200))
+    for _ in range(depth):
+        stage = setup(abs, stage, return_as=return_as)
+    assert Counter(stage) == Counter(range(200))
+
+
+def test_runs_can_be_interleaved(setup):
+    one, two = setup(abs, range(100)), setup(abs, range(100, 200))
+    pairs = list(zip(one, two, strict=True))
+    assert sorted(itertools.chain(*pairs)) == list(range(200))
+
+
+def test_runs_with_other_numbers_of_workers_overlap():
+    runs = [Joblib.setup(abs, range(100), num_workers=n) for n in (2, 3, 1, 4)]
+    for _ in range(10):
+        for run in runs:
+            next(run)
+    assert [len(list(run)) for run in runs] == [90] * 4
+
+
+def test_runs_with_other_options_overlap(tmp_path):
+    options = [{}, {"max_nbytes": None}, {"temp_folder": str(tmp_path)}, {"mmap_mode": "c"}]
+    runs = [Joblib.setup(abs, range(100), num_workers=2, **more) for more in options]
+    for _ in range(10):
+        for run in runs:
+            next(run)
+    assert [len(list(run)) for run in runs] == [90] * 4
+
+
+def test_a_run_that_rests_follows_the_pool(tmp_path):
+    resting = Joblib.setup(abs, range(100), num_workers=2, batch_size=1)
+    next(resting)
+    assert len(list(Joblib.setup(abs, range(10), num_workers=3, max_nbytes=None))) == 10
+    assert len(list(resting)) == 99
+
+
+def test_a_run_can_be_read_by_one_thread_after_another(setup):
+    results = setup(abs, range(100))
+    received = []
+    for _ in range(10):
+        thread = threading.Thread(target=lambda: received.extend(itertools.islice(results, 9)))
+        thread.start()
+        thread.join()
+    received.extend(results)
+    assert sorted(received) == list(range(100))
+
+
+def test_runs_can_be_read_in_threads(setup):
+    received = []
+
+    def read():
+        received.append(sum(setup(abs, range(100))))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert received == [4950] * 4
+
+
+def test_a_run_can_be_closed_in_another_thread(stoppable_setup, tmp_path):
+    results = stoppable_setup(eval, [value(1), *[block(tmp_path)] * 9])
+    reader = threading.Thread(target=next, args=(results,))
+    reader.start()
+    reader.join()
+    wait_until(lambda: len(pids_in(tmp_path)) >= 1)
+    results.close()
+    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
+
+
+def run_in_threads(count):
+    return sum(Joblib.setup(abs, range(count), num_workers=2, backend="threading"))
+
+
+def test_a_run_can_be_started_in_a_task():
+    results = Joblib.setup(run_in_threads, [10, 20, 30], num_workers=2, backend="threading")
+    assert sorted(results) == [45, 190, 435]
+
+
+def test_a_failing_run_does_not_disturb_another(setup):
+    run = setup(eval, map(value, range(100)), batch_size=1)
+    received = [next(run)]
+    _, error = collect(setup(eval, [raising("KeyError()")] * 4), KeyError)
+    assert error is not None
+    assert sorted([*received, *run]) == list(range(100))
+
+
+def test_a_closed_run_does_not_disturb_another(setup):
+    run, closed = setup(abs, range(100), batch_size=1), setup(abs, range(100), batch_size=1)
+    received = [next(run)]
+    next(closed)
+    closed.close()
+    assert sorted([*received, *run]) == list(range(100))
+
+
+def test_a_run_that_times_out_does_not_disturb_another(tmp_path):
+    run = Joblib.setup(eval, map(value, range(100)), num_workers=3, batch_size=1)
+    received = [next(run)]
+    stuck = Joblib.setup(eval, [await_path(tmp_path / "go")], num_workers=3, timeout=0.1)
+    with pytest.raises(TimeoutError):
+        next(stuck)
+    assert sorted([*received, *run]) == list(range(100))
+
+
+def test_what_a_closed_run_has_queued_does_not_run(tmp_path):
+    (tmp_path / "late").mkdir()
+    go = tmp_path / "go"
+    run = Joblib.setup(eval, [await_path(go, task) for task in range(2)], num_workers=2)
+    reader = threading.Thread(target=lambda: received.extend(run))
+    received = []
+    reader.start()
+    # The pool takes few batches at a time. The others can still be called off.
+    late = (touch(tmp_path / "late" / str(task)) for task in itertools.count())
+    closed = Joblib.setup(eval, late, num_workers=2, batch_size=1, pre_dispatch=50, timeout=0.5)
+    with pytest.raises(TimeoutError):
+        next(closed)
+    go.touch()
+    reader.join()
+    assert sorted(received) == [0, 1]
+    list(Joblib.setup(abs, range(10), num_workers=2))  # by now all that was queued has run
+    assert len(list((tmp_path / "late").iterdir())) < 20
+
+
+def leave_by_break(results):
+    for _ in results:
+        break
+
+
+def leave_by_close(results):
+    next(results)
+    results.close()
+
+
+def leave_by_del(results):
+    next(results)
+    del results
+
+
+def leave_by_error(results):
+    with pytest.raises(ArithmeticError):
+        for _ in results:
+            raise ArithmeticError
+
+
+def leave_by_collection(results):
+    next(results)
+    cycle = [results]
+    cycle.append(cycle)
+    del results, cycle
+    gc.collect()
+
+
+LEAVE = [leave_by_break, leave_by_close, leave_by_del, leave_by_error, leave_by_collection]
+
+
+@pytest.mark.parametrize("leave", LEAVE)
+def test_leaving_stops_the_workers(stoppable_setup, tmp_path, leave, capfd):
+    start_to_block = [value(1), *[block(tmp_path)] * 9]
+
+    def run():  # holds the only reference
+        return stoppable_setup(eval, start_to_block)
+
+    leave(run())
+    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
+    assert capfd.readouterr().err == ""
+    assert sorted(stoppable_setup(abs, [-1, -2, -3])) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("leave", LEAVE)
+def test_leaving_is_silent_and_the_next_run_works(setup, leave, capfd):
+    leave(setup(abs, itertools.count()))
+    assert sorted(setup(abs, [-1, -2, -3])) == [1, 2, 3]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("pre_dispatch", [4, 8, 50])
+def test_leaving_is_silent_whatever_loky_has_queued(tmp_path, pre_dispatch, capfd):
+    run = functools.partial(
+        Joblib.setup, eval, [block(tmp_path)] * 99, pre_dispatch=pre_dispatch, num_workers=2
+    )
+    with pytest.raises(TimeoutError):
+        next(run(timeout=0.2))
+    assert not any(map(is_alive, pids_in(tmp_path)))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("blocked", ["inner", "outer"])
+def test_leaving_a_chain_stops_all_of_it(stoppable_setup, tmp_path, blocked, capfd):
+    stuck = [block(tmp_path)] * 9
+    # The outer run draws four tasks before it gives a result.
+    inner = [repr(value(1))] * 4 + (stuck if blocked == "inner" else [repr(task) for task in stuck])
+
+    def run():  # holds the only references
+        return stoppable_setup(eval, stoppable_setup(eval, inner, batch_size=1), batch_size=1)
+
+    results = run()
+    next(results)
+    if blocked == "outer":
+        next(results)  # draws more
+    wait_until(lambda: pids_in(tmp_path))
+    del results
+    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
+    assert capfd.readouterr().err == ""
+
+
+def test_closing_lets_go_of_the_tasks(setup):
+    ended = threading.Event()
+
+    def tasks():
+        try:
+            yield from itertools.count()
+        finally:
+            ended.set()
+
+    results = setup(abs, tasks())
+    next(results)
+    results.close()
+    assert ended.is_set()
+
+
+def test_a_run_leaves_no_folder(tmp_path):
+    arrays = itertools.repeat(numpy.zeros(300_000))
+    for backend in ("loky", "multiprocessing"):
+        options = {"num_workers": 2, "backend": backend, "temp_folder": str(tmp_path)}
+        for leave in LEAVE:
+            leave(Joblib.setup(numpy.sum, arrays, **options))
+        _, error = collect(Joblib.setup(numpy.linalg.inv, arrays, **options), Exception)
+        assert error is not None
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("death", [KILL, EXIT])
+def test_a_worker_that_dies_is_an_error(death, capfd):
+    tasks = [value(1), death, *map(value, range(20))]
+    received, error = collect(Joblib.setup(eval, tasks, num_workers=2), Exception)
+    assert isinstance(error, BrokenExecutor)
+    assert len(received) < 20
+    assert sorted(Joblib.setup(abs, range(10), num_workers=2)) == list(range(10))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_that_dies_costs_nothing_that_was_received(tmp_path):
+    tasks = [touch(tmp_path / str(task), task) for task in range(3)]
+    run = Joblib.setup(eval, [*tasks, await_path(tmp_path / "go") + " or " + KILL], num_workers=2)
+    received = [next(run)]
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 3)
+    (tmp_path / "go").touch()
+    rest, error = collect(run, BrokenExecutor)
+    assert sorted([*received, *rest]) == [0, 1, 2]
+    assert error is not None
+
+
+def test_a_run_that_rests_survives_the_death_of_a_worker():
+    resting = Joblib.setup(abs, range(100), num_workers=2, batch_size=1)
+    next(resting)
+    _, error = collect(Joblib.setup(eval, [KILL] * 2, num_workers=2), BrokenExecutor)
+    assert error is not None
+    received, error = collect(resting, BrokenExecutor)
+    assert len(received) == 99 or error is not None  # it had work in the pool, or it had not
+
+
+def test_timeout(setup, tmp_path):
+    tasks = [value(1), value(2), await_path(tmp_path / "go")]
+    received, error = collect(setup(eval, tasks, timeout=1), Exception)
+    (tmp_path / "go").touch()
+    assert sorted(received) == [1, 2]
+    assert isinstance(error, TimeoutError)
+    assert isinstance(error, multiprocessing.TimeoutError)
+    assert "timeout of 1 seconds" in str(error)
+    assert sorted(setup(abs, [-1, -2], timeout=60)) == [1, 2]
+
+
+def test_timeout_is_for_the_wait_not_for_the_run(setup, tmp_path):
+    # Each task ends half a second after the one before. Only one that never ends takes longer.
+    tasks = [f"(__import__('time').sleep(0.5), {task})[1]" for task in range(4)]
+    assert sorted(setup(eval, tasks, timeout=1.5, batch_size=1)) == [0, 1, 2, 3]
+
+
+def test_timeout_of_nothing_and_of_more_than_a_life(setup):
+    with pytest.raises(TimeoutError):
+        next(setup(time.sleep, [1], timeout=0))
+    assert list(setup(abs, [-1], timeout=1e12)) == [1]
+
+
+def test_timeout_stops_the_worker(stoppable_setup, tmp_path):
+    results = stoppable_setup(eval, [block(tmp_path)] * 3, timeout=1)
+    with pytest.raises(TimeoutError):
+        next(results)
+    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
+
+
+def test_a_worker_that_was_spared_is_stopped_when_the_last_run_ends(tmp_path):
+    last = Joblib.setup(eval, [value(0), await_path(tmp_path / "go", 1)], num_workers=2)
+    received = [next(last)]
+    (tmp_path / "pids").mkdir()
+    stuck = Joblib.setup(eval, [block(tmp_path / "pids")], num_workers=2, timeout=1)
+    with pytest.raises(TimeoutError):
+        next(stuck)
+    (pid,) = pids_in(tmp_path / "pids")
+    assert is_alive(pid)
+    (tmp_path / "go").touch()
+    assert [*received, *last] == [0, 1]
+    assert not is_alive(pid)
+
+
+# ------------------------------------------------------------------------------------------------
+# Options
+
+
+WHERE = "(__import__('os').getpid(), __import__('threading').get_ident())"
+
+
+@pytest.mark.parametrize("options", [{"prefer": "threads"}, {"require": "sharedmem"}])
+def test_hints_reach_joblib(options):
+    ((process, thread),) = set(Joblib.setup(eval, [WHERE], **options))
+    assert process == os.getpid()
+    assert thread != threading.get_ident()
+
+
+def test_all_cores_are_the_default(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    barrier = threading.Barrier(min(2, os.cpu_count()))
+    results = Joblib.setup(lambda task: barrier.wait(timeout=60), range(2), backend="threading")
+    assert len(list(results)) == 2
+
+
+def test_one_worker_is_this_process():
+    results = Joblib.setup(eval, [WHERE] * 3, num_workers=1)
+    assert set(results) == {(os.getpid(), threading.get_ident())}
+
+
+def test_an_open_configuration_is_honoured():
+    backend = joblib.parallel.ThreadingBackend()
+    with joblib.parallel_config(backend=backend, n_jobs=3) as config:
+        before = (dict(config), dict(vars(backend)))
+        barrier = threading.Barrier(3)
+        results = Joblib.setup(lambda task: barrier.wait(timeout=60), range(3))
+        assert (config, vars(backend)) == before
+    assert len(list(results)) == 3  # read when it is no longer open
+    assert (config, vars(backend)) == before
+
+
+def test_an_open_configuration_gives_a_named_backend_its_options(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1, n_jobs=3):
+        results = Joblib.setup(os.getenv, ["OMP_NUM_THREADS"], backend="loky", num_workers=2)
+    assert list(results) == ["1"]
+
+
+def test_arguments_override_an_open_configuration():
+    with joblib.parallel_config(backend="threading", n_jobs=1):
+        ((process, _),) = set(Joblib.setup(eval, [WHERE], 2, backend="loky"))
+    assert process != os.getpid()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        joblib.parallel.LokyBackend,
+        joblib.parallel.ThreadingBackend,
+        joblib.parallel.MultiprocessingBackend,
+        joblib.parallel.SequentialBackend,
+    ],
+)
+def test_an_instance_is_not_changed(kind):
+    backend = kind()
+    before = dict(vars(backend))
+    results = Joblib.setup(abs, range(20), num_workers=2, backend=backend)
+    assert sorted(results) == list(range(20))
+    assert vars(backend) == before
+    assert type(backend) is kind
+
+
+def test_a_registered_name(monkeypatch):
+    monkeypatch.setitem(joblib.parallel.BACKENDS, "ours", CountingLoky)
+    CountingLoky.submitted.clear()
+    assert sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend="ours")) == [1, 2]
+    assert sum(CountingLoky.submitted) == 2
+
+
+def test_verbose_reaches_joblib(capfd):
+    list(Joblib.setup(abs, range(3), num_workers=2, verbose=11))
+    assert "Using backend LokyBackend with 2 concurrent workers" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_large_arrays_are_mapped(backend, tmp_path):
+    def mapped(**options):
+        attributes = operator.attrgetter("mode", "filename")
+        ((mode, file),) = Joblib.setup(attributes, [array], 2, backend=backend, **options)
+        return mode, str(Path(file).parent.parent)
+
+    array = numpy.zeros(300_000)
+    folder = str(tmp_path)
+    assert mapped()[0] == "r"
+    assert mapped(temp_folder=folder) == ("r", folder)
+    assert mapped(temp_folder=folder, mmap_mode="c") == ("c", folder)
+    with pytest.raises(AttributeError, match="mode"):
+        mapped(temp_folder=folder, max_nbytes=None)
+    assert mapped(temp_folder=folder, max_nbytes="1K") == ("r", folder)
+    assert mapped()[1] != folder
+
+
+def test_an_option_of_the_backend_itself():
+    results = Joblib.setup(abs, [-1, -2], num_workers=2, idle_worker_timeout=100)
+    assert sorted(results) == [1, 2]
+
+
+class Silent(joblib.parallel.ThreadingBackend):
+    supports_retrieve_callback = False
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "message"),
+    [
+        (TypeError, {"task_func": "abs"}, "task_func must be callable, got 'abs'"),
+        (TypeError, {"tasks": 5}, "tasks must be iterable, got 5"),
+        (TypeError, {"tasks": numpy.array(5)}, "tasks must be iterable, got array(5)"),
+        (ValueError, {"num_workers": 0}, "num_workers must not be 0"),
+        (TypeError, {"num_workers": 1.5}, "num_workers must be an integer or None, got 1.5"),
+        (TypeError, {"num_workers": "two"}, "num_workers must be an integer or None, got 'two'"),
+        (TypeError, {"n_jobs": 2}, "n_jobs=2 is not an option: use num_workers"),
+        (ValueError, {"backend": "lokki"}, "got 'lokki'"),
+        (ValueError, {"backend": 5}, "backend must be an instance or one of"),
+        (ValueError, {"backend": ["loky"]}, "got ['loky']"),
+        (ValueError, {"backend": Silent()}, "backend must tell when a batch has completed"),
+        (ValueError, {"return_as": "list"}, "'generator_unordered' or 'generator', got 'list'"),
+        (ValueError, {"return_as": None}, "return_as must be"),
+        (ValueError, {"timeout": -1}, "timeout must be a number of seconds"),
+        (ValueError, {"timeout": "1"}, "got '1'"),
+        (ValueError, {"timeout": float("nan")}, "got nan"),
+        (ValueError, {"batch_size": 0}, "batch_size must be 'auto' or a positive integer, got 0"),
+        (ValueError, {"batch_size": "many"}, "got 'many'"),
+        (ValueError, {"pre_dispatch": 0}, "pre_dispatch must be"),
+        (ValueError, {"pre_dispatch": "2 * n_cores"}, "got '2 * n_cores'"),
+        (ValueError, {"pre_dispatch": "2 *"}, "got '2 *'"),
+        (ValueError, {"pre_dispatch": None}, "pre_dispatch must be"),
+        (ValueError, {"mmap_mode": "x"}, "mmap_mode must be"),
+        (ValueError, {"max_nbytes": "much"}, "max_nbytes must be"),
+        (ValueError, {"max_nbytes": 1.5}, "got 1.5"),
+        (ValueError, {"temp_folder": 5}, "temp_folder must be a path or None, got 5"),
+        (ValueError, {"verbose": "yes"}, "verbose must be a number, got 'yes'"),
+        (ValueError, {"prefer": "speed"}, "prefer=speed"),
+        (ValueError, {"require": "speed"}, "require=speed"),
+        (ValueError, {"backend": "loky", "require": "sharedmem"}, "require"),
+        (ValueError, {"prefer": "processes", "require": "sharedmem"}, "prefer"),
+        (TypeError, {"bacth_size": 1}, "unknown option bacth_size=1: expected one of"),
+    ],
+)
+def test_bad_input_is_met_at_once(error, arguments, message):
+    arguments = {"task_func": abs, "tasks": [1], **arguments}
+    with pytest.raises(error, match=re.escape(message)):
+        Joblib.setup(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"task_func": 5}, {"tasks": 5}])
+def test_bad_input_of_single_process_is_met_at_once(arguments):
+    with pytest.raises(TypeError, match=next(iter(arguments))):
+        SingleProcess.setup(**{"task_func": abs, "tasks": [1], **arguments})
+
+
+def test_a_formula_that_comes_to_nothing():
+    results = Joblib.setup(abs, [1], num_workers=2, pre_dispatch="n_jobs - 2")
+    with pytest.raises(ValueError, match="pre_dispatch"):
+        next(results)
+
+
+@pytest.fixture(params=["loky", "multiprocessing", *CLUSTERS])
+def pickling_setup(request):
+    """`Joblib.setup` on backends that pickle what they are given."""
+    return start(request, request.param)
+
+
+@pytest.mark.parametrize(
+    ("function", "task"),
+    [(abs, threading.Lock()), (threading.Lock().acquire, 1), (eval, "__import__('_thread').allocate_lock()")],
+    ids=["task", "function", "result"],
+)
+def test_what_cannot_be_pickled_is_an_error(pickling_setup, function, task):
+    with pytest.raises(Exception, match="(?i)pickl|seriali[sz]e"):
+        list(pickling_setup(function, [task]))
+    assert sorted(pickling_setup(abs, [-1, -2])) == [1, 2]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tasks=st.lists(st.integers(), max_size=40),
+    num_workers=st.sampled_from([1, 2, 3]),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "backend": st.sampled_from(["loky", "threading", "multiprocessing", "sequential"]),
+            "batch_size": st.sampled_from(["auto", 1, 3, 50]),
+            "pre_dispatch": st.sampled_from(["all", 1, 3, "n_jobs", "3 * n_jobs"]),
+            "return_as": st.sampled_from(["generator", "generator_unordered"]),
+            "timeout": st.sampled_from([None, 60, 99.5]),
+            "max_nbytes": st.sampled_from([None, "1K", 10**6]),
+        },
+    ),
+)
+def test_any_options_give_the_results_of_map(tasks, num_workers, options):
+    expected = list(map(abs, tasks))
+    results = list(Joblib.setup(abs, iter(tasks), num_workers, **options))
+    if options.get("return_as") == "generator":
+        assert results == expected
+    else:
+        assert Counter(results) == Counter(expected)
+    assert list(SingleProcess.setup(abs, iter(tasks), num_workers, **options)) == expected
+
+
+# ------------------------------------------------------------------------------------------------
+# Programs that use a copy, as people do
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Run a program, with a copy of the module in a package beside it."""
+    (tmp_path / "yourpackage").mkdir()
+    (tmp_path / "yourpackage" / "__init__.py").touch()
+    shutil.copy(FILE, tmp_path / "yourpackage")
+
+    with contextlib.ExitStack() as stack:
+
+        def start(source, *arguments):
+            (tmp_path / "program.py").write_text(textwrap.dedent(source))
+            process = subprocess.Popen(
+                [sys.executable, "-W", "error", "program.py", *map(str, arguments)],
+                cwd=tmp_path,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def output_of(process):
+    output, errors = process.communicate()
+    assert (errors, process.returncode) == ("", 0)
+    return output
+
+
+def test_a_copy_in_a_package(program):
+    source = """
+        import sys
+        from yourpackage import distributed
+
+        def modules(task):
+            return [name for name in sys.modules if "distributed" in name]
+
+        if __name__ == "__main__":
+            for name in ("single_process", "joblib"):
+                print(*sorted(distributed.get_backend(name).setup(abs, [-2, -1])))
+            print(*distributed.get_backend("joblib").setup(modules, [1], num_workers=2))
+    """
+    assert output_of(program(source)) == "1 2\n1 2\n[]\n"
+
+
+def test_a_run_in_a_task_of_another(program):
+    source = """
+        from yourpackage.distributed import Joblib
+
+        def total(count):
+            return sum(Joblib.setup(abs, range(count)))
+
+        if __name__ == "__main__":
+            print(*sorted(Joblib.setup(total, [10, 20], num_workers=2)))
+    """
+    assert output_of(program(source)) == "45 190\n"
+
+
+OPEN_RUN = """
+    import sys, threading
+    from yourpackage.distributed import Joblib
+
+    def read():
+        assert next(results) == 1
+
+    def read_on():
+        for result in results:
+            first.set()
+
+    if __name__ == "__main__":
+        *tasks, backend, reader = sys.argv[1:]
+        first = threading.Event()
+        results = Joblib.setup(eval, tasks, num_workers=2, backend=backend)
+        if reader == "main":
+            read()
+        elif reader == "thread":
+            thread = threading.Thread(target=read)
+            thread.start()
+            thread.join()
+        elif reader == "daemon":
+            threading.Thread(target=read_on, daemon=True).start()
+            first.wait()
+        elif reader == "chain":
+            results = Joblib.setup(abs, results, num_workers=2, backend=backend, batch_size=1)
+            read()
+"""
+
+
+@pytest.mark.parametrize("reader", ["main", "thread", "daemon"])
+@pytest.mark.parametrize("backend", LOCAL)
+def test_leaving_the_interpreter_with_a_run_open(program, tmp_path, backend, reader):
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    process = program(OPEN_RUN, 1, *[block(folder)] * 9, backend, reader)
+    assert output_of(process) == ""
+    wait_until(lambda: not any(map(is_alive, pids_in(folder))))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+@pytest.mark.parametrize("backend", LOCAL)
+def test_an_interrupt_ends_the_wait(program, tmp_path, backend, number):
+    source = """
+        import sys
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            results = Joblib.setup(eval, sys.argv[2:], num_workers=2, backend=sys.argv[1])
+            try:
+                next(results)
+            except KeyboardInterrupt:
+                print("interrupted")
+            print(*sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend=sys.argv[1])))
+    """
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    process = program(source, backend, *[block(folder)] * 9)
+    wait_until(lambda: pids_in(folder))
+    process.send_signal(number)
+    assert output_of(process) == "interrupted\n1 2\n"
+    assert backend == "threading" or not any(map(is_alive, pids_in(folder)))
+
+
+@pytest.mark.parametrize("package", ["dask", "ray"])
+def test_a_missing_engine_is_named(program, package):
+    source = """
+        import sys
+        from yourpackage.distributed import Joblib
+
+        sys.modules[sys.argv[2]] = None  # as if it were not installed
+        try:
+            Joblib.setup(abs, [1], backend=sys.argv[1])
+        except ImportError as error:
+            print(error)
+    """
+    hidden = {"dask": "distributed", "ray": "ray"}[package]
+    assert "pip install" in output_of(program(source, package, hidden))
+
+
+def test_a_copy_that_hides_the_package_of_dask(program, tmp_path):
+    shutil.copy(FILE, tmp_path)
+    source = """
+        from distributed import Joblib
+
+        try:
+            Joblib.setup(abs, [1], backend="dask")
+        except ImportError as error:
+            print(error)
+    """
+    output = output_of(program(source))
+    assert str(tmp_path / "distributed.py") in output
+    assert "move that file into a package" in output
