@@ -52,7 +52,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, overload
 
 # joblib ships no types; some users have its stubs installed.
 import joblib  # type: ignore[import-untyped, unused-ignore]
@@ -861,9 +861,9 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
     """
 
     lock = threading.RLock()  # guards what follows, and the pool
-    live: weakref.WeakSet[_ConsumerDrivenLoky] = weakref.WeakSet()
-    pool_settings: _PoolSettings | None = None  # None: there is no pool that is known of
-    abandoned: frozenset[Future[Any]] = frozenset()  # work of runs that were left
+    live: ClassVar[weakref.WeakSet[_ConsumerDrivenLoky]] = weakref.WeakSet()
+    pool_settings: ClassVar[_PoolSettings | None] = None  # None: there is no pool that is known of
+    abandoned: ClassVar[frozenset[Future[Any]]] = frozenset()  # work of runs that were left
 
     settings: _PoolSettings  # what this run wants of the pool, or has found
     batches: dict[Future[Any], Any]  # those in the pool
@@ -952,9 +952,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         with contextlib.suppress(RuntimeError):  # broken already
             last = super().hand_over(joblib.parallel.BatchedCalls([], (None, None)), _ignore)
             jobs = {last, *self.abandoned}
-            _wait_while_falling(
-                lambda: sum(not job.running() and not job.done() for job in jobs)
-            )
+            _wait_while_falling(lambda: sum(not job.running() and not job.done() for job in jobs))
         super().abort_everything(ensure_ready=False)
         _ConsumerDrivenLoky.abandoned = frozenset()
         _ConsumerDrivenLoky.pool_settings = None

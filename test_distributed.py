@@ -118,14 +118,16 @@ def collect(results, *errors):
 
 
 @contextlib.contextmanager
-def dask_client(folder, allowed_failures):
+def dask_client(folder, n_workers=2, allowed_failures=3):
     """Connect to a cluster of another process, so that its workers share nothing with this one."""
     script = """
         import sys
         from dask.distributed import LocalCluster
 
         if __name__ == "__main__":
-            with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+            with LocalCluster(
+                n_workers=int(sys.argv[1]), threads_per_worker=1, dashboard_address=None
+            ) as cluster:
                 print(cluster.scheduler_address, flush=True)
                 sys.stdin.read()
     """
@@ -136,7 +138,7 @@ def dask_client(folder, allowed_failures):
         "DASK_TEMPORARY_DIRECTORY": str(folder),
     }
     with subprocess.Popen(
-        [sys.executable, "cluster.py"],
+        [sys.executable, "cluster.py", str(n_workers)],
         cwd=folder,
         env=environment,
         text=True,
@@ -156,14 +158,15 @@ def dask_client(folder, allowed_failures):
 
 @pytest.fixture(scope="session")
 def dask(tmp_path_factory):
-    with dask_client(tmp_path_factory.mktemp("dask"), allowed_failures=3) as client:
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path_factory.mktemp("dask")) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def ray(tmp_path_factory):
     ray = pytest.importorskip("ray")
-    folder = os.getcwd()
+    folder = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("ray"))  # Ray puts the folder on the path of its workers
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
@@ -212,23 +215,25 @@ def test_signatures(engine):
     assert parameters["num_workers"].default is None
     assert parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
     shutdown = inspect.signature(engine.shutdown).parameters
-    assert [str(parameter) for parameter in shutdown.values()] == ["*args: 'Any'", "**kwargs: 'Any'"]
+    assert [str(parameter) for parameter in shutdown.values()] == [
+        "*args: 'Any'",
+        "**kwargs: 'Any'",
+    ]
     for method in ("setup", "shutdown"):
         assert isinstance(inspect.getattr_static(engine, method), staticmethod)
 
 
 def test_annotations():
     hints = typing.get_type_hints(distributed.DistributedBackend.setup)
-    T, R = distributed.T, distributed.R
     assert hints == {
         "task_func": typing.get_type_hints(Joblib.setup)["task_func"],
-        "tasks": distributed.Iterator[T],
+        "tasks": distributed.Iterator[distributed.T],
         "num_workers": int | None,
         "kwargs": typing.Any,
-        "return": distributed.Generator[R, None, None],
+        "return": distributed.Generator[distributed.R, None, None],
     }
     for engine in (SingleProcess, Joblib):
-        assert typing.get_type_hints(engine.setup)["tasks"] == distributed.Iterable[T]
+        assert typing.get_type_hints(engine.setup)["tasks"] == distributed.Iterable[distributed.T]
 
 
 def test_interface_is_abstract():
@@ -268,7 +273,9 @@ def test_shutdown_may_be_called_at_any_time(engine):
 
 
 def test_single_process_ignores_options():
-    results = SingleProcess.setup(abs, [-2, -1], num_workers=0, timeout=-1, n_jobs="two", nonsense=1)
+    results = SingleProcess.setup(
+        abs, [-2, -1], num_workers=0, timeout=-1, n_jobs="two", nonsense=1
+    )
     assert list(results) == [2, 1]
 
 
@@ -312,6 +319,12 @@ def test_a_database_cursor_can_feed(setup):
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         rows = "WITH RECURSIVE r(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM r WHERE n < 99) SELECT n FROM r"
         assert sorted(setup(sum, database.execute(rows))) == list(range(100))
+
+
+def test_as_many_tasks_run_at_once_as_there_are_workers(setup, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    tasks = [f"({touch(one)}, {await_path(two)})", f"({touch(two)}, {await_path(one)})"]
+    assert len(list(setup(eval, tasks))) == 2
 
 
 @pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
@@ -366,16 +379,17 @@ def test_a_result_is_not_held_back_by_slow_tasks(setup):
 
 
 def test_results_come_as_they_complete(setup, tmp_path):
-    results = setup(eval, [await_path(tmp_path / "go", "slow"), value(1), value(2), value(3)])
-    assert {next(results), next(results), next(results)} == {1, 2, 3}
+    results = setup(eval, [await_path(tmp_path / "go", "slow"), value("quick")])
+    assert next(results) == "quick"
     (tmp_path / "go").touch()
     assert list(results) == ["slow"]
 
 
 def test_results_in_order(setup, tmp_path):
-    tasks = [await_path(tmp_path / "go", 0), *(value(task) for task in range(1, 20)), "20"]
-    tasks[2] = touch(tmp_path / "go", 2)  # the first to complete is not the first in order
-    assert list(setup(eval, tasks, return_as="generator", batch_size=1)) == list(range(21))
+    # The first to complete is not the first in order.
+    first, second = await_path(tmp_path / "go", 0), touch(tmp_path / "go", 1)
+    tasks = [first, second, *map(value, range(2, 20))]
+    assert list(setup(eval, tasks, return_as="generator", batch_size=1)) == list(range(20))
 
 
 class CountingLoky(joblib.parallel.LokyBackend):
@@ -390,7 +404,9 @@ class CountingLoky(joblib.parallel.LokyBackend):
 
 def test_batching_is_that_of_joblib():
     CountingLoky.submitted.clear()
-    assert len(list(Joblib.setup(abs, range(20_000), num_workers=2, backend=CountingLoky()))) == 20_000
+    assert (
+        len(list(Joblib.setup(abs, range(20_000), num_workers=2, backend=CountingLoky()))) == 20_000
+    )
     assert sum(CountingLoky.submitted) == 20_000
     assert len(CountingLoky.submitted) < 2_000
     CountingLoky.submitted.clear()
@@ -580,6 +596,18 @@ def test_what_a_closed_run_has_queued_does_not_run(tmp_path):
     assert len(list((tmp_path / "late").iterdir())) < 20
 
 
+def test_leaving_calls_off_what_is_queued(setup, tmp_path):
+    (tmp_path / "late").mkdir()
+    stuck = [await_path(tmp_path / "go")] * 2
+    late = [touch(tmp_path / "late" / str(task)) for task in range(20)]
+    results = setup(eval, stuck + late, pre_dispatch="all", batch_size=1, timeout=0.5)
+    with pytest.raises(TimeoutError):
+        next(results)
+    (tmp_path / "go").touch()
+    assert sorted(setup(abs, range(10))) == list(range(10))
+    assert list((tmp_path / "late").iterdir()) == []
+
+
 def leave_by_break(results):
     for _ in results:
         break
@@ -596,9 +624,12 @@ def leave_by_del(results):
 
 
 def leave_by_error(results):
-    with pytest.raises(ArithmeticError):
+    def body():
         for _ in results:
             raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        body()
 
 
 def leave_by_collection(results):
@@ -932,11 +963,15 @@ def pickling_setup(request):
 
 @pytest.mark.parametrize(
     ("function", "task"),
-    [(abs, threading.Lock()), (threading.Lock().acquire, 1), (eval, "__import__('_thread').allocate_lock()")],
+    [
+        (abs, threading.Lock()),
+        (threading.Lock().acquire, 1),
+        (eval, "__import__('_thread').allocate_lock()"),
+    ],
     ids=["task", "function", "result"],
 )
 def test_what_cannot_be_pickled_is_an_error(pickling_setup, function, task):
-    with pytest.raises(Exception, match="(?i)pickl|seriali[sz]e"):
+    with pytest.raises(Exception, match=r"(?i)pickl|seriali[sz]e"):
         list(pickling_setup(function, [task]))
     assert sorted(pickling_setup(abs, [-1, -2])) == [1, 2]
 
@@ -968,6 +1003,119 @@ def test_any_options_give_the_results_of_map(tasks, num_workers, options):
 
 
 # ------------------------------------------------------------------------------------------------
+# What is particular to an engine
+
+
+def test_a_worker_that_dies_unnoticed_needs_a_timeout():
+    tasks = [value(1), KILL]
+    results = Joblib.setup(eval, tasks, num_workers=2, backend="multiprocessing", timeout=1)
+    received, error = collect(results, Exception)
+    assert received == [1]
+    assert isinstance(error, TimeoutError)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_workers_have_neither_the_module_nor_the_folder(request, name):
+    setup = start(request, name)
+    tasks = ["[*__import__('sys').path, __import__('os').getcwd()]"] * 2
+    for path in itertools.chain(*setup(eval, tasks)):
+        assert not Path(path, FILE.name).exists()
+        assert Path(path) != FILE.parent
+
+
+@pytest.mark.engines
+def test_dask_without_a_client(program):
+    pytest.importorskip("dask.distributed")
+    source = """
+        from yourpackage.distributed import Joblib
+
+        try:
+            Joblib.setup(abs, [1], backend="dask")
+        except ValueError as error:
+            print(error)
+    """
+    assert "client = Client" in output_of(program(source))
+
+
+@pytest.mark.engines
+def test_dask_worker_that_dies(tmp_path):
+    distributed = pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path, allowed_failures=1):
+        tasks = [value(1), value(2), KILL, *map(value, range(20))]
+        _, error = collect(Joblib.setup(eval, tasks, backend="dask"), Exception)
+        assert type(error) is distributed.KilledWorker
+        assert sorted(Joblib.setup(abs, range(10), backend="dask")) == list(range(10))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
+def test_dask_worker_that_dies_once_costs_nothing(dask, tmp_path, return_as):
+    died = tmp_path / "died"
+    tasks = list(map(value, range(40)))
+    tasks[5] = f"5 if __import__('os').path.exists({str(died)!r}) else ({touch(died)}, {KILL})"
+    results = Joblib.setup(eval, tasks, backend="dask", return_as=return_as)
+    assert sorted(results) == list(range(40))
+    assert died.exists()
+
+
+@pytest.mark.engines
+def test_dask_client_that_closes(tmp_path):
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path) as client:
+        results = Joblib.setup(eval, [value(1), *[await_path(tmp_path / "go")] * 9], backend="dask")
+        assert next(results) == 1
+        client.close()
+        (tmp_path / "go").touch()
+        _, error = collect(results, BaseException)
+        assert error is not None
+
+
+@pytest.mark.engines
+def test_dask_cluster_of_one_core(tmp_path):
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path, n_workers=1):
+        (process,) = set(Joblib.setup(eval, [PID] * 4, backend="dask"))
+    assert process != os.getpid()
+
+
+@pytest.mark.engines
+def test_dask_options_of_an_open_configuration(dask, tmp_path):
+    address, array = dask.scheduler.address, numpy.ones(1000)
+    with joblib.parallel_config(backend="dask", scheduler_host=address, scatter=[array]) as config:
+        results = Joblib.setup(numpy.sum, [array] * 4, backend="dask")
+    assert list(results) == [1000] * 4
+    config["backend"].client.close()
+    with dask_client(tmp_path, n_workers=0):
+        with joblib.parallel_config(backend="dask", wait_for_workers_timeout=1):
+            results = Joblib.setup(abs, [1])
+        with pytest.raises(TimeoutError, match="no worker after 1 seconds"):
+            next(results)
+
+
+@pytest.mark.engines
+def test_ray_worker_that_dies(ray):
+    tasks = [value(1), value(2), KILL, *map(value, range(20))]
+    _, error = collect(Joblib.setup(eval, tasks, num_workers=2, backend="ray"), Exception)
+    assert isinstance(error, ray.exceptions.RayActorError)
+    results = Joblib.setup(abs, range(10), num_workers=2, backend="ray")
+    assert sorted(results) == list(range(10))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("way", ["argument", "configuration"])
+def test_ray_options(ray, way):
+    options = {"ray_remote_args": {"runtime_env": {"env_vars": {"VARIABLE": "value"}}}}
+    if way == "argument":
+        results = Joblib.setup(os.getenv, ["VARIABLE"], 2, backend="ray", **options)
+    else:
+        importlib.import_module("ray.util.joblib").register_ray()
+        with joblib.parallel_config(backend="ray", **options):
+            results = Joblib.setup(os.getenv, ["VARIABLE"], 2)
+    assert list(results) == ["value"]
+
+
+# ------------------------------------------------------------------------------------------------
 # Programs that use a copy, as people do
 
 
@@ -980,10 +1128,10 @@ def program(tmp_path):
 
     with contextlib.ExitStack() as stack:
 
-        def start(source, *arguments):
+        def start(source, *arguments, warnings="error"):
             (tmp_path / "program.py").write_text(textwrap.dedent(source))
             process = subprocess.Popen(
-                [sys.executable, "-W", "error", "program.py", *map(str, arguments)],
+                [sys.executable, "-W", warnings, "program.py", *map(str, arguments)],
                 cwd=tmp_path,
                 text=True,
                 stdout=subprocess.PIPE,
@@ -1124,3 +1272,32 @@ def test_a_copy_that_hides_the_package_of_dask(program, tmp_path):
     output = output_of(program(source))
     assert str(tmp_path / "distributed.py") in output
     assert "move that file into a package" in output
+
+
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", README.read_text(), re.DOTALL
+)
+
+
+def uses_a_cluster(source):
+    return "import ray" in source or "dask" in source
+
+
+@pytest.mark.parametrize(
+    ("source", "output"), [example for example in EXAMPLES if not uses_a_cluster(example[0])]
+)
+def test_examples(program, source, output):
+    assert output_of(program(source)) == output
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    ("source", "output"), [example for example in EXAMPLES if uses_a_cluster(example[0])]
+)
+def test_examples_of_clusters(program, source, output):
+    for name in ("dask.distributed", "ray"):
+        pytest.importorskip(name)
+    process = program(source, warnings="default")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert printed.endswith(output)  # Ray prints, and both of them log
