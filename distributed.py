@@ -974,8 +974,8 @@ def _close_open_runs_at_exit() -> None:
 def _close_open_runs_before_loky_waits() -> None:
     """Have open runs closed before loky, at exit, waits for what its workers are busy with.
 
-    It waits in a hook of `threading`, before any of `atexit`. Of these, the last to be registered is
-    the first to run; so this is done once, after loky has registered its own.
+    It waits in a hook of `threading`, before any of `atexit`. Of these, the last to be registered
+    is the first to run; so this is done once, after loky has registered its own.
     """
     # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving the
     # interpreter with a run open takes as long as the tasks that are running.
