@@ -575,8 +575,8 @@ def _register_ray() -> None:
 # asked for the next result, and runs the callback itself. joblib stays the scheduler, but all that
 # it does is done in the consumer's thread, one step at a time (_Run).
 #
-# A joblib backend is made to work like that by a subclass (_ConsumerDriven). loky and Dask need
-# more than that, each for a reason of its own (_ConsumerDrivenLoky, _ConsumerDrivenDask).
+# A joblib backend is made to work like that by a subclass (_ConsumerDriven). Some need more, each
+# for a reason of its own (_ConsumerDrivenLoky, _ConsumerDrivenPool, _ConsumerDrivenDask).
 
 
 def _one_by_one(task_func: Callable[[T], R], tasks: Iterator[T]) -> Generator[R, None, None]:
@@ -770,7 +770,7 @@ def _call_in_thread(function: Callable[[], Any]) -> None:
     except RuntimeError:
         function()  # as the interpreter exits, Python 3.12 may refuse to start a thread
         return
-    thread.join(timeout=10)
+    thread.join(timeout=3)
 
 
 _open_runs: weakref.WeakKeyDictionary[Generator[Any, None, None], _Run]
@@ -779,7 +779,11 @@ _open_runs = weakref.WeakKeyDictionary()
 
 def _close_open_runs() -> None:
     """End what nobody will read to the end, as the interpreter exits."""
-    for results, run in list(_open_runs.items()):
+    for reference in _open_runs.keyrefs():
+        results = reference()
+        run = None if results is None else _open_runs.get(results)
+        if results is None or run is None:
+            continue
         reader = run.reader
         if reader is None or run.process != os.getpid():
             continue  # not started, or inherited by a fork
@@ -860,13 +864,28 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
     left. Here a pool in which another run has work is left as it is.
     """
 
-    lock = threading.RLock()  # guards what follows, and the pool
+    lock = threading.RLock()  # guards what follows, and the pool; see locked()
+    depth: ClassVar[int] = 0
     live: ClassVar[weakref.WeakSet[_ConsumerDrivenLoky]] = weakref.WeakSet()
     pool_settings: ClassVar[_PoolSettings | None] = None  # None: there is no pool that is known of
     abandoned: ClassVar[frozenset[Future[Any]]] = frozenset()  # work of runs that were left
 
     settings: _PoolSettings  # what this run wants of the pool, or has found
     batches: dict[Future[Any], Any]  # those in the pool
+
+    @staticmethod
+    @contextlib.contextmanager
+    def locked() -> Iterator[bool]:
+        """Guard the pool. Tell if this thread is doing something with it already.
+
+        It is if the garbage collector, which may do so at any time, ends a run.
+        """
+        with _ConsumerDrivenLoky.lock:
+            _ConsumerDrivenLoky.depth += 1
+            try:
+                yield _ConsumerDrivenLoky.depth > 1
+            finally:
+                _ConsumerDrivenLoky.depth -= 1
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
         wanted: int = self.effective_n_jobs(n_jobs)
@@ -877,7 +896,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         self.settings = _PoolSettings(
             n_jobs, options, self.inner_max_num_threads, self.backend_kwargs
         )
-        with self.lock:
+        with self.locked():
             self.join_pool()
             self.live.add(self)
         return wanted
@@ -914,7 +933,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         return next((run for run in self.live if run is not self and run.is_busy()), None)
 
     def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
-        with self.lock:
+        with self.locked():
             if self.settings is not self.pool_settings:
                 self.join_pool()  # another run has changed it since
             try:
@@ -927,16 +946,16 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         return job
 
     def results_of(self, outcome: Any) -> list[Any]:
-        with self.lock:
+        with self.locked():
             self.batches.pop(outcome, None)
         return super().results_of(outcome)
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
-        with self.lock:
+        with self.locked() as is_interruption:
             left = {job: batch for job, batch in self.batches.items() if not job.done()}
             self.batches.clear()
             _ConsumerDrivenLoky.abandoned |= left.keys()
-            if self.another_busy() is None:
+            if self.another_busy() is None and not is_interruption:
                 self.kill_pool()
             else:
                 # Futures are not cancelled: loky's manager thread does not survive a kill of the
@@ -958,9 +977,9 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         _ConsumerDrivenLoky.pool_settings = None
 
     def terminate(self) -> None:
-        with self.lock:
+        with self.locked() as is_interruption:
             self.live.discard(self)
-            if self.is_pool_haunted() and self.another_busy() is None:
+            if self.is_pool_haunted() and self.another_busy() is None and not is_interruption:
                 self.kill_pool()  # it was spared for the sake of this run
             super().terminate()
 

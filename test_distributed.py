@@ -29,6 +29,7 @@ import time
 import timeit
 import typing
 import warnings
+import weakref
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -696,6 +697,31 @@ def test_leaving_a_chain_stops_all_of_it(stoppable_setup, tmp_path, blocked, cap
     del results
     wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
     assert capfd.readouterr().err == ""
+
+
+def test_the_garbage_collector_may_end_a_run_while_another_submits(monkeypatch):
+    process_executor = importlib.import_module("joblib.externals.loky.process_executor")
+
+    class CollectingFuture(process_executor.Future):
+        def __init__(self):  # called by loky when it holds a lock
+            gc.collect()
+            super().__init__()
+
+    def forget():
+        results = Joblib.setup(abs, itertools.count(), num_workers=2)
+        next(results)
+        cycle = [results]
+        cycle.append(cycle)
+        return weakref.ref(results)
+
+    gc.disable()
+    try:
+        reference = forget()
+        monkeypatch.setattr(process_executor, "Future", CollectingFuture)
+        assert sorted(Joblib.setup(abs, range(10), num_workers=2)) == list(range(10))
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_closing_lets_go_of_the_tasks(setup):
