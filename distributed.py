@@ -31,7 +31,6 @@ package of that name in which Dask's scheduler lives.
 
 from __future__ import annotations
 
-import ast
 import atexit
 import contextlib
 import functools
@@ -361,9 +360,7 @@ class Joblib(DistributedBackend):
         - Dask decides by itself how many tasks run at a time, whatever *num_workers* is.
         """
         run = _Run(task_func, _checked_call(task_func, tasks), num_workers, kwargs)
-        results = run.results()
-        _open_runs[results] = run
-        return results
+        return run.results()
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
@@ -443,13 +440,12 @@ def _is_integer(value: Any, least: int) -> bool:
     return isinstance(value, numbers.Integral) and int(value) >= least
 
 
-def _is_arithmetic(text: str) -> bool:
+def _is_formula(text: str) -> bool:
+    """Tell if joblib can make something of *text*, at least if there are many workers."""
     try:
-        tree = ast.parse(text.replace("n_jobs", "1"), mode="eval")
-    except SyntaxError:
+        return bool(joblib.parallel.eval_expr(text.replace("n_jobs", "1000")) >= 1)
+    except (ValueError, ArithmeticError):
         return False
-    parts = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
-    return all(isinstance(node, parts) for node in ast.walk(tree))
 
 
 # What joblib would notice late, or not at all, or report without naming the option.
@@ -457,6 +453,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_size": (
         "'auto' or a positive integer",
         lambda value: value == "auto" or _is_integer(value, least=1),
+    ),
+    "idle_worker_timeout": (
+        "a positive number of seconds or None",
+        lambda value: value is None or (isinstance(value, numbers.Real) and float(value) > 0),
     ),
     "max_nbytes": (
         "a number of bytes, a string such as '1M', or None",
@@ -474,7 +474,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "'all', a positive integer or a formula such as '2 * n_jobs'",
         lambda value: (
             _is_integer(value, least=1)
-            or (isinstance(value, str) and (value == "all" or _is_arithmetic(value)))
+            or (isinstance(value, str) and (value == "all" or _is_formula(value)))
         ),
     ),
     "return_as": (
@@ -619,9 +619,9 @@ class _Inbox:
 
     def expect(self, callback: Callable[[Any], None]) -> Callable[[Any], None]:
         """Return the callback to give to the backend, in place of joblib's."""
-        number = next(self.numbers)
+        number, put = next(self.numbers), self.reports.put
         self.expected[number] = callback
-        return lambda outcome: self.reports.put((number, outcome))
+        return lambda outcome: put((number, outcome))  # refers to no more: see _Run
 
     def fail(self, error: BaseException) -> None:
         """Report an error that no batch is known to have caused."""
@@ -652,9 +652,12 @@ class _Inbox:
     def _wait(self, timeout: float | None) -> tuple[int | None, Any]:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            left = max(deadline - time.monotonic(), 0)
+            left = deadline - time.monotonic()
             try:
-                return self.reports.get(timeout=min(left, _LONGEST_WAIT))
+                if left <= 0:
+                    return self.reports.get_nowait()
+                # Python 3.10 may wait for ever if the time is over before it has begun to wait.
+                return self.reports.get(timeout=min(max(left, 0.01), _LONGEST_WAIT))
             except queue.Empty:
                 if left <= _LONGEST_WAIT:
                     message = f"no task has completed within the timeout of {timeout!r} seconds"
@@ -666,7 +669,11 @@ def _ignore(outcome: Any) -> None:
 
 
 class _Run:
-    """One call of `Joblib.setup`."""
+    """One call of `Joblib.setup`.
+
+    Only its generator refers to it: not joblib, and nothing that loky refers to while workers are
+    busy. Otherwise a generator that its own tasks refer to would never be collected.
+    """
 
     def __init__(
         self,
@@ -689,32 +696,23 @@ class _Run:
         self.parallel = joblib.Parallel(
             n_jobs=n_jobs, backend=self.backend, return_as="generator_unordered", **options
         )
-        self.calls = self._calls(task_func, tasks)
+        self.task_func = task_func
+        self.tasks = tasks
         self.tasks_error: Exception | None = None
         self.exhausted = False
-        self.output: Generator[Any, None, None] | None = None
-        self.reader: threading.Thread | None = None
-        self.process = os.getpid()
         self.ended = threading.Event()
-
-    def _calls(
-        self, task_func: Callable[[Any], Any], tasks: Iterator[Any]
-    ) -> Generator[Any, None, None]:
-        """Draw the tasks for joblib, which would drop results if an error came through."""
-        function, _, keywords = joblib.delayed(task_func)()  # once: it is slow
-        calls = zip(itertools.repeat(function), zip(tasks), itertools.repeat(keywords))
-        try:
-            yield from calls
-        except Exception as error:
-            self.tasks_error = error
-        self.exhausted = True
+        self.reader: threading.Thread
+        self.drawn: Generator[Any, None, None]
+        self.output: Generator[Any, None, None] | None = None
 
     def results(self) -> Generator[Any, None, None]:
         """Yield the results, advancing joblib as they are asked for."""
         self.reader = threading.current_thread()
-        _close_open_runs_at_exit()
+        self.drawn = self._draw()
+        _open_runs.add(self)
+        _end_open_runs_at_exit()
         try:
-            self.output = self.parallel(self.calls)
+            self.output = self.parallel(self._calls())
             with self.backend.waiting():
                 while self.inbox.expected:
                     self.reader = threading.current_thread()
@@ -723,16 +721,30 @@ class _Run:
                         yield results.pop()  # hold on to none that has been handed out
                     # Not before: tasks may be slow to draw, or depend on those results.
                     callback(None)
-                    next(self.output)
+                    next(self.output, None)
             yield from self.output  # with one worker, joblib has run nothing yet
             if self.tasks_error is not None:
                 raise self.tasks_error
             if not self.exhausted:
-                raise ValueError("pre_dispatch comes to less than 1")
+                raise ValueError(f"pre_dispatch={self.parallel.pre_dispatch!r} comes to 0")
         finally:
             self.tasks_error = None  # its traceback refers to this frame
-            self._end()
+            self.end()
             self.ended.set()
+
+    def _draw(self) -> Generator[Any, None, None]:
+        """Yield the tasks. Keep back an error of theirs, for which joblib would drop results."""
+        try:
+            yield from itertools.chain(self.tasks)  # not to be closed along with this
+        except Exception as error:
+            self.tasks_error = error
+        self.exhausted = True
+
+    def _calls(self) -> Iterator[Any]:
+        """Return what joblib's `delayed` would make of each task, but faster."""
+        function, _, keywords = joblib.delayed(self.task_func)()
+        tasks = map(next, itertools.repeat(weakref.proxy(self.drawn)))  # iter() would refer to it
+        return zip(itertools.repeat(function), zip(tasks), itertools.repeat(keywords))
 
     def _next_batch(self) -> tuple[Callable[[Any], None], list[Any]]:
         callback, outcome = self.inbox.take(self.timeout)
@@ -742,8 +754,8 @@ class _Run:
             # The traceback leads to the outcome, which may hold the error.
             raise error.with_traceback(None) from error.__cause__
 
-    def _end(self) -> None:
-        output, self.output = self.output, None
+    def end(self) -> None:
+        output = self.output
         if output is not None and inspect.getgeneratorstate(output) != inspect.GEN_CLOSED:
             if threading.current_thread() is self.reader:
                 _end_joblib(output)
@@ -751,7 +763,7 @@ class _Run:
                 # The garbage collector may have interrupted a thread that must go on for the run
                 # to end.
                 _call_in_thread(functools.partial(_end_joblib, output))
-        self.calls.close()  # the tasks may come from another run, which ends, too
+        self.drawn.close()  # lets go of this run, and so of the tasks
 
 
 def _end_joblib(output: Generator[Any, None, None]) -> None:
@@ -773,26 +785,19 @@ def _call_in_thread(function: Callable[[], Any]) -> None:
     thread.join(timeout=3)
 
 
-_open_runs: weakref.WeakKeyDictionary[Generator[Any, None, None], _Run]
-_open_runs = weakref.WeakKeyDictionary()
+_open_runs: weakref.WeakSet[_Run] = weakref.WeakSet()
 
 
-def _close_open_runs() -> None:
-    """End what nobody will read to the end, as the interpreter exits."""
-    for reference in _open_runs.keyrefs():
-        results = reference()
-        run = None if results is None else _open_runs.get(results)
-        if results is None or run is None:
-            continue
-        reader = run.reader
-        if reader is None or run.process != os.getpid():
-            continue  # not started, or inherited by a fork
-        if reader is threading.main_thread() or not reader.is_alive():
+def _end_open_runs() -> None:
+    """End the runs that nobody will read to the end, as the interpreter exits."""
+    for run in list(_open_runs):
+        if run.reader is threading.main_thread() or not run.reader.is_alive():
+            # Whoever reads on, in a hook that comes later, must not take this for the end.
+            run.inbox.fail(RuntimeError("the run was ended, since the interpreter exits"))
             with contextlib.suppress(ValueError):  # a daemon thread is just doing the same
-                results.close()
-        elif reader.daemon:
-            # It must not take this for the end of the results; SystemExit ends it in silence.
-            run.inbox.fail(SystemExit())
+                run.end()
+        elif run.reader.daemon:
+            run.inbox.fail(SystemExit())  # which ends a thread in silence
             run.backend.abort_everything(ensure_ready=False)
             run.ended.wait(timeout=1)
 
@@ -802,6 +807,7 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
 
     supports_return_generator = True  # some do not, since their callbacks would block
     inbox: _Inbox
+    process: int  # in which the workers are to be stopped: not a fork of it
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         report = self.inbox.expect(callback)
@@ -826,6 +832,20 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         # joblib asks for the results in its callback, when they have been handed out. It gets one
         # item a batch, so that its generator advances by one step a batch.
         return [None]
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        if self.process == os.getpid():
+            self.abort()
+
+    def abort(self) -> None:
+        super().abort_everything(ensure_ready=False)
+
+    def terminate(self) -> None:
+        if self.process == os.getpid():
+            self.finish()
+
+    def finish(self) -> None:
+        super().terminate()
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         """Return what surrounds the wait for results; joblib would enter it too late."""
@@ -866,7 +886,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
 
     lock = threading.RLock()  # guards what follows, and the pool; see locked()
     depth: ClassVar[int] = 0
-    live: ClassVar[weakref.WeakSet[_ConsumerDrivenLoky]] = weakref.WeakSet()
+    live: ClassVar[tuple[weakref.ref[_ConsumerDrivenLoky], ...]] = ()
     pool_settings: ClassVar[_PoolSettings | None] = None  # None: there is no pool that is known of
     abandoned: ClassVar[frozenset[Future[Any]]] = frozenset()  # work of runs that were left
 
@@ -898,7 +918,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         )
         with self.locked():
             self.join_pool()
-            self.live.add(self)
+            _ConsumerDrivenLoky.live += (weakref.ref(self),)
         return wanted
 
     def join_pool(self) -> None:
@@ -922,7 +942,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         _ConsumerDrivenLoky.pool_settings = settings
 
     def is_busy(self) -> bool:
-        return any(not job.done() for job in self.batches)
+        return any(not job.done() for job in list(self.batches))
 
     def is_pool_haunted(self) -> bool:
         """Tell if workers are busy for a run that was left."""
@@ -930,7 +950,8 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         return bool(self.abandoned)
 
     def another_busy(self) -> _ConsumerDrivenLoky | None:
-        return next((run for run in self.live if run is not self and run.is_busy()), None)
+        others = (reference() for reference in self.live)
+        return next((run for run in others if run not in (None, self) and run.is_busy()), None)
 
     def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
         with self.locked():
@@ -942,7 +963,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 self.join_pool()
                 job = super().hand_over(batch, report)
             self.batches[job] = batch
-        _close_open_runs_before_loky_waits()
+        _end_open_runs_before_loky_waits()
         return job
 
     def results_of(self, outcome: Any) -> list[Any]:
@@ -950,10 +971,10 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
             self.batches.pop(outcome, None)
         return super().results_of(outcome)
 
-    def abort_everything(self, ensure_ready: bool = True) -> None:
+    def abort(self) -> None:
         with self.locked() as is_interruption:
             left = {job: batch for job, batch in self.batches.items() if not job.done()}
-            self.batches.clear()
+            self.batches = {}
             _ConsumerDrivenLoky.abandoned |= left.keys()
             if self.another_busy() is None and not is_interruption:
                 self.kill_pool()
@@ -972,26 +993,28 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
             last = super().hand_over(joblib.parallel.BatchedCalls([], (None, None)), _ignore)
             jobs = {last, *self.abandoned}
             _wait_while_falling(lambda: sum(not job.running() and not job.done() for job in jobs))
-        super().abort_everything(ensure_ready=False)
+        super().abort()
         _ConsumerDrivenLoky.abandoned = frozenset()
         _ConsumerDrivenLoky.pool_settings = None
 
-    def terminate(self) -> None:
+    def finish(self) -> None:
         with self.locked() as is_interruption:
-            self.live.discard(self)
+            _ConsumerDrivenLoky.live = tuple(
+                reference for reference in self.live if reference() not in (None, self)
+            )
             if self.is_pool_haunted() and self.another_busy() is None and not is_interruption:
                 self.kill_pool()  # it was spared for the sake of this run
-            super().terminate()
+            super().finish()
 
 
 @functools.cache
-def _close_open_runs_at_exit() -> None:
-    atexit.register(_close_open_runs)
+def _end_open_runs_at_exit() -> None:
+    atexit.register(_end_open_runs)
 
 
 @functools.cache
-def _close_open_runs_before_loky_waits() -> None:
-    """Have open runs closed before loky, at exit, waits for what its workers are busy with.
+def _end_open_runs_before_loky_waits() -> None:
+    """Have open runs ended before loky, at exit, waits for what its workers are busy with.
 
     It waits in a hook of `threading`, before any of `atexit`. Of these, the last to be registered
     is the first to run; so this is done once, after loky has registered its own.
@@ -999,7 +1022,7 @@ def _close_open_runs_before_loky_waits() -> None:
     # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving the
     # interpreter with a run open takes as long as the tasks that are running.
     register = getattr(threading, "_register_atexit", atexit.register)
-    register(_close_open_runs)
+    register(_end_open_runs)
 
 
 class _ConsumerDrivenPool(_ConsumerDriven):
@@ -1009,9 +1032,9 @@ class _ConsumerDrivenPool(_ConsumerDriven):
     worker had.
     """
 
-    def terminate(self) -> None:
+    def finish(self) -> None:
         _wait_while_falling(self.inbox.count_running)
-        _call_in_thread(super().terminate)
+        _call_in_thread(super().finish)
 
 
 class _ConsumerDrivenDask(_ConsumerDriven):
@@ -1032,9 +1055,9 @@ class _ConsumerDrivenDask(_ConsumerDriven):
         job.add_done_callback(report_error)  # when a worker is lost, joblib does no more than that
         return job
 
-    def abort_everything(self, ensure_ready: bool = True) -> None:
+    def abort(self) -> None:
         futures = list(self.waiting_futures.futures)
-        super().abort_everything(ensure_ready=ensure_ready)
+        super().abort()
         if self.client.status == "running":
             self.client.cancel(futures)  # joblib only forgets them
 
@@ -1102,4 +1125,5 @@ def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
     if hasattr(clone, "reset_batch_stats"):
         clone.reset_batch_stats()  # those of another run
     clone.inbox = inbox
+    clone.process = os.getpid()
     return clone

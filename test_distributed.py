@@ -435,6 +435,29 @@ def test_an_error_of_a_task_has_the_traceback_of_the_worker(setup):
     assert "<genexpr>" in str(error.__cause__)
 
 
+class FailingThreading(joblib.parallel.ThreadingBackend):
+    """Takes four batches, and no more."""
+
+    taken = 0
+    reported: typing.ClassVar[list[object]] = []
+
+    def submit(self, func, callback=None):
+        self.taken += 1
+        if self.taken > 4:
+            raise OSError("no more")
+        return super().submit(func, lambda outcome: self.reported.append(callback(outcome)))
+
+
+def test_an_error_of_the_backend_comes_after_what_was_received_before():
+    FailingThreading.reported.clear()
+    results = Joblib.setup(abs, range(10), num_workers=2, backend=FailingThreading())
+    received = [next(results)]
+    wait_until(lambda: len(FailingThreading.reported) == 4)
+    rest, error = collect(results, OSError)
+    assert sorted([*received, *rest]) == [0, 1, 2, 3]
+    assert error.args == ("no more",)
+
+
 def test_an_error_comes_after_what_was_received_before(setup, tmp_path):
     tasks = [touch(tmp_path / str(task), task) for task in range(3)]
     results = setup(eval, [*tasks, await_path(tmp_path / "go") + " or 1 / 0"], batch_size=1)
@@ -558,48 +581,49 @@ def test_a_run_can_be_started_in_a_task():
     assert sorted(results) == [45, 190, 435]
 
 
-def test_a_failing_run_does_not_disturb_another(setup):
-    run = setup(eval, map(value, range(100)), batch_size=1)
-    received = [next(run)]
-    _, error = collect(setup(eval, [raising("KeyError()")] * 4), KeyError)
-    assert error is not None
-    assert sorted([*received, *run]) == list(range(100))
+def disturb_by_error(setup, folder):
+    assert collect(setup(eval, [raising("KeyError()")] * 4), KeyError)[1] is not None
 
 
-def test_a_closed_run_does_not_disturb_another(setup):
-    run, closed = setup(abs, range(100), batch_size=1), setup(abs, range(100), batch_size=1)
-    received = [next(run)]
-    next(closed)
-    closed.close()
-    assert sorted([*received, *run]) == list(range(100))
+def disturb_by_closing(setup, folder):
+    results = setup(abs, itertools.count(), batch_size=1)
+    next(results)
+    results.close()
 
 
-def test_a_run_that_times_out_does_not_disturb_another(tmp_path):
-    run = Joblib.setup(eval, map(value, range(100)), num_workers=3, batch_size=1)
-    received = [next(run)]
-    stuck = Joblib.setup(eval, [await_path(tmp_path / "go")], num_workers=3, timeout=0.1)
+def disturb_by_timeout(setup, folder):
     with pytest.raises(TimeoutError):
-        next(stuck)
-    assert sorted([*received, *run]) == list(range(100))
+        next(setup(eval, [await_path(folder / "never")] * 2, timeout=0.1))
+    (folder / "never").touch()  # where it cannot be stopped
+
+
+@pytest.mark.parametrize("disturb", [disturb_by_error, disturb_by_closing, disturb_by_timeout])
+@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
+def test_runs_do_not_disturb_each_other(setup, tmp_path, disturb, return_as):
+    tasks = [value(0), await_path(tmp_path / "go", 1), *map(value, range(2, 30))]
+    run = setup(eval, tasks, batch_size=1, return_as=return_as)
+    received = [next(run)]
+    disturb(setup, tmp_path)  # while it is at work
+    (tmp_path / "go").touch()
+    received.extend(run)
+    assert sorted(received) == list(range(30))
+    assert return_as == "generator_unordered" or received == list(range(30))
 
 
 def test_what_a_closed_run_has_queued_does_not_run(tmp_path):
     (tmp_path / "late").mkdir()
-    go = tmp_path / "go"
-    run = Joblib.setup(eval, [await_path(go, task) for task in range(2)], num_workers=2)
-    reader = threading.Thread(target=lambda: received.extend(run))
-    received = []
-    reader.start()
+    stuck = [await_path(tmp_path / "go", task) for task in (1, 2)]
+    run = Joblib.setup(eval, [value(0), *stuck, "3", "4", "5"], num_workers=2, batch_size=1)
+    received = [next(run)]
     # The pool takes few batches at a time. The others can still be called off.
     late = (touch(tmp_path / "late" / str(task)) for task in itertools.count())
-    closed = Joblib.setup(eval, late, num_workers=2, batch_size=1, pre_dispatch=50, timeout=0.5)
+    closed = Joblib.setup(eval, late, num_workers=2, batch_size=1, pre_dispatch=50, timeout=0.2)
     with pytest.raises(TimeoutError):
         next(closed)
-    go.touch()
-    reader.join()
-    assert sorted(received) == [0, 1]
-    list(Joblib.setup(abs, range(10), num_workers=2))  # by now all that was queued has run
+    (tmp_path / "go").touch()
+    received.extend(itertools.islice(run, 5))  # the last of which were queued behind the late ones
     assert len(list((tmp_path / "late").iterdir())) < 20
+    assert sorted(received) == [0, 1, 2, 3, 4, 5]
 
 
 def test_leaving_calls_off_what_is_queued(setup, tmp_path):
@@ -724,6 +748,40 @@ def test_the_garbage_collector_may_end_a_run_while_another_submits(monkeypatch):
         gc.enable()
 
 
+class Search:
+    """Draws tasks that may depend on its own results."""
+
+    def __init__(self, setup, tasks):
+        self.left = tasks
+        self.results = setup(eval, self.tasks(), batch_size=1)
+
+    def tasks(self):
+        while self.left:
+            yield self.left.pop(0)
+
+
+def test_a_run_that_its_tasks_refer_to_is_collected(stoppable_setup, tmp_path):
+    search = Search(stoppable_setup, [value(1), *[block(tmp_path)] * 9])
+    next(search.results)
+    wait_until(lambda: pids_in(tmp_path))
+    reference = weakref.ref(search)
+    del search
+    gc.collect()
+    assert reference() is None
+    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
+
+
+def test_a_fork_cannot_end_a_run(tmp_path):
+    arrays = (numpy.full(300_000, task) for task in range(30))
+    results = Joblib.setup(numpy.max, arrays, num_workers=2, batch_size=1)
+    received = [next(results)]
+    if (child := os.fork()) == 0:
+        results.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert sorted([*received, *results]) == list(range(30))
+
+
 def test_closing_lets_go_of_the_tasks(setup):
     ended = threading.Event()
 
@@ -797,9 +855,11 @@ def test_timeout_is_for_the_wait_not_for_the_run(setup, tmp_path):
     assert sorted(setup(eval, tasks, timeout=1.5, batch_size=1)) == [0, 1, 2, 3]
 
 
-def test_timeout_of_nothing_and_of_more_than_a_life(setup):
-    with pytest.raises(TimeoutError):
-        next(setup(time.sleep, [1], timeout=0))
+def test_timeout_of_nothing_and_of_more_than_a_life(setup, tmp_path):
+    for timeout in (0, 1e-9):
+        with pytest.raises(TimeoutError):
+            next(setup(eval, [await_path(tmp_path / "go")], timeout=timeout))
+    (tmp_path / "go").touch()
     assert list(setup(abs, [-1], timeout=1e12)) == [1]
 
 
@@ -955,6 +1015,10 @@ class Silent(joblib.parallel.ThreadingBackend):
         (ValueError, {"pre_dispatch": 0}, "pre_dispatch must be"),
         (ValueError, {"pre_dispatch": "2 * n_cores"}, "got '2 * n_cores'"),
         (ValueError, {"pre_dispatch": "2 *"}, "got '2 *'"),
+        (ValueError, {"pre_dispatch": "0 * n_jobs"}, "got '0 * n_jobs'"),
+        (ValueError, {"pre_dispatch": "-n_jobs"}, "got '-n_jobs'"),
+        (ValueError, {"pre_dispatch": "n_jobs // 0"}, "got 'n_jobs // 0'"),
+        (ValueError, {"idle_worker_timeout": "long"}, "idle_worker_timeout must be"),
         (ValueError, {"pre_dispatch": None}, "pre_dispatch must be"),
         (ValueError, {"mmap_mode": "x"}, "mmap_mode must be"),
         (ValueError, {"max_nbytes": "much"}, "max_nbytes must be"),
@@ -1234,20 +1298,44 @@ OPEN_RUN = """
         elif reader == "daemon":
             threading.Thread(target=read_on, daemon=True).start()
             first.wait()
+        elif reader == "cycle":
+            read()
+            box = [results]
+            box.append(box)
+            del results
         elif reader == "chain":
-            results = Joblib.setup(abs, results, num_workers=2, backend=backend, batch_size=1)
+            results = Joblib.setup(abs, results, num_workers=2, backend=backend)
             read()
 """
 
 
-@pytest.mark.parametrize("reader", ["main", "thread", "daemon"])
+@pytest.mark.parametrize("reader", ["main", "thread", "daemon", "cycle", "chain"])
 @pytest.mark.parametrize("backend", LOCAL)
 def test_leaving_the_interpreter_with_a_run_open(program, tmp_path, backend, reader):
     folder = tmp_path / "pids"
     folder.mkdir()
-    process = program(OPEN_RUN, 1, *[block(folder)] * 9, backend, reader)
+    tasks = [value(1)] * (4 if reader == "chain" else 1) + [block(folder)] * 9
+    process = program(OPEN_RUN, *tasks, backend, reader)
     assert output_of(process) == ""
     wait_until(lambda: not any(map(is_alive, pids_in(folder))))
+
+
+def test_reading_on_as_the_interpreter_exits_is_an_error(program):
+    source = """
+        import atexit
+        from yourpackage.distributed import Joblib
+
+        def read_on():
+            try:
+                print(list(results))
+            except RuntimeError as error:
+                print(error)
+
+        atexit.register(read_on)
+        results = Joblib.setup(abs, range(100), num_workers=2, batch_size=1)
+        next(results)
+    """
+    assert output_of(program(source)) == "the run was ended, since the interpreter exits\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT])
