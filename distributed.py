@@ -352,10 +352,11 @@ class Joblib(DistributedBackend):
           starts shares the pool as it is, with the number of workers and the memory-mapping
           options of the first. A run that is left then ends its queued work, but what its workers
           are busy with goes on until the other runs have ended, too. A worker that dies is an
-          error in every run that has work in the pool.
+          error in every run that has work in the pool, and so is what cannot be unpickled.
         - Threads cannot be stopped: what they are busy with goes on in the background. The same is
           true of Dask's workers, which are threads.
-        - `multiprocessing.Pool` does not tell that a worker died: only *timeout* ends the wait.
+        - `multiprocessing.Pool` does not tell that a worker died, or that something could not be
+          unpickled: only *timeout* ends the wait. An interrupt while it starts may leave workers.
         - Results of a batch arrive together: of a batch with a task that fails, there are none.
         - Dask decides by itself how many tasks run at a time, whatever *num_workers* is.
         """
