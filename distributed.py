@@ -792,6 +792,8 @@ _open_runs: weakref.WeakSet[_Run] = weakref.WeakSet()
 def _end_open_runs() -> None:
     """End the runs that nobody will read to the end, as the interpreter exits."""
     for run in list(_open_runs):
+        if run.backend.process != os.getpid():
+            continue  # of a process that this one is a fork of
         if run.reader is threading.main_thread() or not run.reader.is_alive():
             # Whoever reads on, in a hook that comes later, must not take this for the end.
             run.inbox.fail(RuntimeError("the run was ended, since the interpreter exits"))
