@@ -15,7 +15,7 @@ An engine is picked by name. Whatever the engine, results come from a generator:
 "single_process" (`SingleProcess`) runs the tasks one after another in this process. Take it to
 debug, since breakpoints, `print` and profilers work as ever, and for work too small to share out.
 
-"joblib" (`Joblib`) runs them in all cores; through joblib also in threads, or on a Dask or Ray
+"joblib" (`Joblib`) runs them on all cores; through joblib also in threads, or on a Dask or Ray
 cluster. Take it for everything else. Results then come in the order in which they complete:
 
 >>> engine = get_backend("joblib")
@@ -105,7 +105,7 @@ class DistributedBackend(ABC):
         tasks : Iterator[T]
             Yields the tasks.
         num_workers : int, optional
-            Number of worker processes or threads. Default: as many as there are.
+            Number of worker processes or threads. Default: the most that are available.
         **kwargs
             Options of the engine.
 
@@ -233,7 +233,7 @@ class Joblib(DistributedBackend):
         >>> list(Joblib.setup(abs, [-3, -1, -2], num_workers=2, return_as="generator"))
         [3, 1, 2]
 
-        An error of a task is raised as it is, where its result would have been:
+        An error of a task is raised where its result would have been:
 
         >>> results = Joblib.setup(int, ["1", "two"], num_workers=2, return_as="generator")
         >>> next(results)
@@ -264,56 +264,54 @@ class Joblib(DistributedBackend):
         Parameters
         ----------
         task_func : Callable[[T], R]
-            The function to run; it is called with one task. It must be picklable by cloudpickle
-            (as lambdas and functions of ``__main__`` are) unless the workers are threads.
+            The function to run; it is called with one task. Worker processes are sent it, the
+            tasks and the results: all must be picklable, on most backends by cloudpickle, which
+            takes lambdas and functions of ``__main__``, too.
         tasks : Iterable[T]
             The tasks; an iterator, as the interface has it, or any other iterable.
         num_workers : int, optional
-            Number of worker processes. Default: -1, which means all available cores, unless an
-            open `joblib.parallel_config` sets ``n_jobs``; -2 means all but one, and so on. With 1,
-            joblib runs the tasks in this process, one after another.
+            Number of worker processes, or of threads. Default: -1, which means all available
+            cores, unless an open `joblib.parallel_config` sets ``n_jobs``; -2 means all but one,
+            and so on. With 1, tasks run in this process, one after another. Dask ignores it and
+            uses the whole cluster.
         **kwargs
-            Options, all of which reach joblib. Those of `joblib.Parallel`, but for ``n_jobs``:
+            Options. Those of `joblib.Parallel`, but for ``n_jobs``:
 
             backend : str or joblib.parallel.ParallelBackendBase, default "loky"
                 "loky" (processes), "threading", "multiprocessing", "dask" (the cluster of the
                 current `dask.distributed.Client`), "ray", another registered name, or an instance.
+                The default is another if an open `joblib.parallel_config`, *prefer* or *require*
+                says so.
             return_as : {"generator_unordered", "generator"}, default "generator_unordered"
-                Whether results come as they complete or in the order of the tasks.
+                Whether results come as they complete or in the order of the tasks. In order, a
+                task that takes long keeps workers idle once *pre_dispatch* batches are out.
             timeout : float, optional
                 Seconds. When the consumer has waited for that long and no task has completed, the
                 run ends with an error. Default: wait for ever. Ignored with one worker.
             batch_size : int or "auto", default "auto"
-                Tasks sent to a worker at once; "auto" groups tasks that are quick.
+                Tasks sent to a worker at once. "auto" starts with 1 and grows for as long as a
+                batch is drawn, run and read in less than 0.2 seconds, to thousands if need be.
             pre_dispatch : int or str, default "2 * n_jobs"
-                Batches that may be out at a time, or "all", which lifts the bound.
+                Tasks drawn at first, and the most batches that are out later; a number, a formula,
+                or "all", which lifts the bound.
             prefer, require, verbose, temp_folder, max_nbytes, mmap_mode
                 As in joblib.
 
-            Also those that the joblib backend takes itself, such as loky's ``idle_worker_timeout``.
-            What its constructor takes goes into a `joblib.parallel_config`. One that is open when
+            Also those that ``configure`` of the joblib backend takes by name, such as loky's
+            ``idle_worker_timeout`` (seconds, default 300). What its constructor takes goes into a
+            ``joblib.parallel_config(backend=..., ...)`` around the call. One that is open when
             `setup` is called is honoured; neither it nor a backend passed in is changed.
 
         Returns
         -------
         Generator[R, None, None]
-            Yields the results as they complete. Like any generator, it can be read from several
-            threads, but from one at a time.
+            Yields the results as they complete. Like any generator, it can be read by several
+            threads, but only by one at a time.
 
         Raises
         ------
         TypeError, ValueError
             At once, if an argument is not as said here; the message names it and shows the value.
-        ImportError
-            At once, if *backend* is "dask" or "ray" and its package is missing or hidden.
-        TimeoutError
-            From the generator, after *timeout*; it is a `multiprocessing.TimeoutError`, too.
-        RuntimeError
-            From the generator, if *task_func* raises `StopIteration`, which becomes its cause. If
-            a worker process dies: a subclass named after what the engine calls it.
-        Exception
-            From the generator: what a task raised, with the worker's traceback as its cause, or
-            what *tasks* raised.
 
             >>> Joblib.setup(abs, [], backend="nope")  # doctest: +ELLIPSIS
             Traceback (most recent call last):
@@ -321,6 +319,19 @@ class Joblib(DistributedBackend):
             >>> Joblib.setup(abs, [], bacth_size=1)  # doctest: +ELLIPSIS
             Traceback (most recent call last):
             TypeError: unknown option bacth_size=1: expected one of 'backend', 'batch_size', ...
+
+        ImportError
+            At once, if *backend* is "dask" or "ray" and its package is missing or hidden.
+        TimeoutError
+            From the generator, after *timeout*; it is a `multiprocessing.TimeoutError`, too.
+        RuntimeError
+            From the generator, if *task_func* raises `StopIteration`, which becomes its cause.
+        Exception
+            From the generator: what *tasks* raised, as it is; or what a task raised, with its
+            arguments, and with the text of the worker's traceback as its cause (unless there is
+            one worker). If a worker dies, the error of the engine: of loky a
+            `concurrent.futures.BrokenExecutor`, of Dask a ``KilledWorker``, of Ray a
+            ``RayActorError``.
 
         Notes
         -----
@@ -337,37 +348,44 @@ class Joblib(DistributedBackend):
 
         *Composable.* Runs can be chained, interleaved, overlapped and started inside a task.
 
-        *Independent.* A run that fails, times out or is closed does not disturb another.
+        *Independent.* A run that fails, times out or is closed does not disturb another run.
 
-        *Ends cleanly.* Leaving a run, in any way, cancels what is queued, stops the workers that
-        are busy with it, and says nothing. So does leaving the interpreter with a run open.
+        *Ends cleanly.* Leaving a run, in any way, drops what is queued, stops the workers that are
+        busy with it, and prints and warns of nothing. So does leaving the interpreter with a run
+        open.
 
         *No hang.* A worker process that dies is an error.
 
-        *Self-contained.* Workers never import this module.
+        *Self-contained.* Nothing of this module is sent to workers. They import it only if the
+        module of *task_func* does.
 
         Not promised:
 
         - loky has one pool of workers for a process. While one run has work in it, another run that
           starts shares the pool as it is, with the number of workers and the memory-mapping
-          options of the first. A run that is left then ends its queued work, but what its workers
-          are busy with goes on until the other runs have ended, too. A worker that dies is an
-          error in every run that has work in the pool, and so is what cannot be unpickled.
+          options of the first. Of a run that is left then, queued tasks are dropped, but running
+          ones go on until the other runs have ended; if they are stuck, only a *timeout* of the
+          others ends the wait. A worker that dies, or something that cannot be unpickled, is an
+          error in every run that has work in the pool.
+        - Whoever else uses loky through `joblib.Parallel` shares the pool, too: its failure is an
+          error here, and the other way round. When the main thread has ended, the pool takes no
+          more tasks.
         - Threads cannot be stopped: what they are busy with goes on in the background. The same is
           true of Dask's workers, which are threads.
         - `multiprocessing.Pool` does not tell that a worker died, or that something could not be
           unpickled: only *timeout* ends the wait. An interrupt while it starts may leave workers.
         - Results of a batch arrive together: of a batch with a task that fails, there are none.
-        - Dask decides by itself how many tasks run at a time, whatever *num_workers* is.
+        - An error of *tasks* that is no `Exception`, such as `KeyboardInterrupt`, is raised at
+          once.
         """
         run = _Run(task_func, _checked_call(task_func, tasks), num_workers, kwargs)
         return run.results()
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
-        """Do nothing, since runs end by themselves; call it any number of times, or never.
+        """Do nothing, which joblib does not need; call it any number of times, or never.
 
-        joblib keeps loky's idle worker processes for the next run, for 300 seconds.
+        loky's worker processes stay for the next run, and leave when idle for 300 seconds.
 
         >>> Joblib.shutdown()
         """
@@ -441,12 +459,23 @@ def _is_integer(value: Any, least: int) -> bool:
     return isinstance(value, numbers.Integral) and int(value) >= least
 
 
-def _is_formula(text: str) -> bool:
-    """Tell if joblib can make something of *text*, at least if there are many workers."""
+def _is_number(value: Any, least: float) -> bool:
     try:
-        return bool(joblib.parallel.eval_expr(text.replace("n_jobs", "1000")) >= 1)
-    except (ValueError, ArithmeticError):
+        return isinstance(value, numbers.Real) and float(value) >= least
+    except OverflowError:
         return False
+
+
+def _check_formula(formula: str, n_jobs: int) -> None:
+    """Raise an error if joblib can make no number of batches of *formula*."""
+    workers = n_jobs if n_jobs > 1 else 64  # as many as that, if it is not known
+    try:
+        batches = int(joblib.parallel.eval_expr(formula.replace("n_jobs", str(workers))))
+    except (ArithmeticError, TypeError, ValueError) as error:
+        message = f"pre_dispatch must be 'all', a number or a formula, got {formula!r}"
+        raise ValueError(message) from error
+    if batches < 1:
+        raise ValueError(f"pre_dispatch must come to 1 or more, got {formula!r}")
 
 
 # What joblib would notice late, or not at all, or report without naming the option.
@@ -457,14 +486,14 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "idle_worker_timeout": (
         "a positive number of seconds or None",
-        lambda value: value is None or (isinstance(value, numbers.Real) and float(value) > 0),
+        lambda value: value is None or _is_number(value, least=0.001),
     ),
     "max_nbytes": (
         "a number of bytes, a string such as '1M', or None",
         lambda value: (
             value is None
-            or _is_integer(value, least=0)
-            or (isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[KMG]", value) is not None)
+            or _is_number(value, least=0)
+            or (isinstance(value, str) and re.fullmatch(r"\d*\.?\d+[KMG]", value) is not None)
         ),
     ),
     "mmap_mode": (
@@ -473,10 +502,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "pre_dispatch": (
         "'all', a positive integer or a formula such as '2 * n_jobs'",
-        lambda value: (
-            _is_integer(value, least=1)
-            or (isinstance(value, str) and (value == "all" or _is_formula(value)))
-        ),
+        lambda value: isinstance(value, str) or _is_integer(value, least=1),
     ),
     "return_as": (
         "'generator_unordered' or 'generator'",
@@ -488,13 +514,13 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "timeout": (
         "a number of seconds, not negative, or None",
-        lambda value: value is None or (isinstance(value, numbers.Real) and float(value) >= 0),
+        lambda value: value is None or _is_number(value, least=0),
     ),
     "verbose": ("a number", lambda value: isinstance(value, numbers.Real)),
 }
 
 
-def _check_options(options: dict[str, Any], backend: Any) -> None:
+def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
     """Raise an error if one of *options* is unknown, or known to be bad."""
     if "n_jobs" in options:
         raise TypeError(f"n_jobs={options['n_jobs']!r} is not an option: use num_workers")
@@ -514,6 +540,9 @@ def _check_options(options: dict[str, Any], backend: Any) -> None:
             expected, is_valid = _CHECKS[name]
             if not is_valid(value):
                 raise ValueError(f"{name} must be {expected}, got {value!r}")
+    formula = options.get("pre_dispatch", "all")
+    if isinstance(formula, str) and formula != "all":
+        _check_formula(formula, n_jobs)
     if options.get("require") == "sharedmem" and not getattr(backend, "supports_sharedmem", False):
         raise ValueError(f"require='sharedmem' is more than {type(backend).__name__} can do")
 
@@ -575,6 +604,10 @@ def _register_ray() -> None:
 # backend's thread only puts a report into an _Inbox. The consumer's thread takes it out when it is
 # asked for the next result, and runs the callback itself. joblib stays the scheduler, but all that
 # it does is done in the consumer's thread, one step at a time (_Run).
+#
+# Of joblib this uses what backends of third parties are written against (joblib.parallel, the
+# methods and attributes of backends, BatchedCalls.items) and, of joblib's Dask backend, the futures
+# it waits for and the data it has scattered. All that has been the same from joblib 1.5.0 to 1.6.0.
 #
 # A joblib backend is made to work like that by a subclass (_ConsumerDriven). Some need more, each
 # for a reason of its own (_ConsumerDrivenLoky, _ConsumerDrivenPool, _ConsumerDrivenDask).
@@ -651,7 +684,7 @@ class _Inbox:
         return number, self.early.pop(number)
 
     def _wait(self, timeout: float | None) -> tuple[int | None, Any]:
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + min(timeout, 1e9)
         while True:
             left = deadline - time.monotonic()
             try:
@@ -690,7 +723,7 @@ class _Run:
         options = dict(options)
         hints = {name: value for name, value in options.items() if name in ("prefer", "require")}
         backend = _chosen_backend(options.pop("backend", None), hints)
-        _check_options(options, backend)
+        _check_options(options, backend, n_jobs)
         self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
         self.timeout: float | None = options.pop("timeout", None)
         self.backend = _consumer_driven(backend, self.inbox)
@@ -710,7 +743,7 @@ class _Run:
         """Yield the results, advancing joblib as they are asked for."""
         self.reader = threading.current_thread()
         self.drawn = self._draw()
-        _open_runs.add(self)
+        _open_runs[id(self)] = weakref.ref(self)
         _end_open_runs_at_exit()
         try:
             self.output = self.parallel(self._calls())
@@ -720,6 +753,7 @@ class _Run:
                     callback, results = self._next_batch()
                     while results:
                         yield results.pop()  # hold on to none that has been handed out
+                    self.reader = threading.current_thread()
                     # Not before: tasks may be slow to draw, or depend on those results.
                     callback(None)
                     next(self.output, None)
@@ -727,11 +761,15 @@ class _Run:
             if self.tasks_error is not None:
                 raise self.tasks_error
             if not self.exhausted:
+                # With as few workers as there turned out to be, nothing was drawn at first.
                 raise ValueError(f"pre_dispatch={self.parallel.pre_dispatch!r} comes to 0")
         finally:
             self.tasks_error = None  # its traceback refers to this frame
-            self.end()
-            self.ended.set()
+            try:
+                self.end()
+            finally:
+                _open_runs.pop(id(self), None)
+                self.ended.set()
 
     def _draw(self) -> Generator[Any, None, None]:
         """Yield the tasks. Keep back an error of theirs, for which joblib would drop results."""
@@ -742,9 +780,14 @@ class _Run:
         self.exhausted = True
 
     def _calls(self) -> Iterator[Any]:
-        """Return what joblib's `delayed` would make of each task, but faster."""
+        """Return what joblib's `delayed` makes of each task: (task_func, (task,), {}).
+
+        `delayed` itself is slow, so it is called once, and its answer repeated. `zip` makes a tuple
+        of each task.
+        """
         function, _, keywords = joblib.delayed(self.task_func)()
-        tasks = map(next, itertools.repeat(weakref.proxy(self.drawn)))  # iter() would refer to it
+        # joblib keeps this iterator, which must not refer to the run; iter() of a proxy would.
+        tasks = map(next, itertools.repeat(weakref.proxy(self.drawn)))
         return zip(itertools.repeat(function), zip(tasks), itertools.repeat(keywords))
 
     def _next_batch(self) -> tuple[Callable[[Any], None], list[Any]]:
@@ -752,19 +795,22 @@ class _Run:
         try:
             return callback, self.backend.results_of(outcome)
         except BaseException as error:
-            # The traceback leads to the outcome, which may hold the error.
+            # Its traceback leads to the outcome, and if that leads to the error they stay for long.
             raise error.with_traceback(None) from error.__cause__
 
     def end(self) -> None:
         output = self.output
-        if output is not None and inspect.getgeneratorstate(output) != inspect.GEN_CLOSED:
-            if threading.current_thread() is self.reader:
+        try:
+            if output is None or inspect.getgeneratorstate(output) == inspect.GEN_CLOSED:
+                pass
+            elif threading.current_thread() is self.reader:
                 _end_joblib(output)
             else:
                 # The garbage collector may have interrupted a thread that must go on for the run
                 # to end.
                 _call_in_thread(functools.partial(_end_joblib, output))
-        self.drawn.close()  # lets go of this run, and so of the tasks
+        finally:
+            self.drawn.close()  # lets go of this run, and so of the tasks
 
 
 def _end_joblib(output: Generator[Any, None, None]) -> None:
@@ -773,11 +819,11 @@ def _end_joblib(output: Generator[Any, None, None]) -> None:
 
 
 def _call_in_thread(function: Callable[[], Any]) -> None:
-    """Call *function*, but go on after some seconds even if it has not returned."""
-    thread = threading.Thread(target=function, daemon=True)
+    """Call *function*; if it has not returned after 3 seconds, leave it to go on by itself."""
     if sys.is_finalizing():
         function()  # a thread would not get to run
         return
+    thread = threading.Thread(target=function, daemon=True)
     try:
         thread.start()
     except RuntimeError:
@@ -786,14 +832,15 @@ def _call_in_thread(function: Callable[[], Any]) -> None:
     thread.join(timeout=3)
 
 
-_open_runs: weakref.WeakSet[_Run] = weakref.WeakSet()
+_open_runs: dict[int, weakref.ref[_Run]] = {}  # by id(); any thread may add one at any time
 
 
 def _end_open_runs() -> None:
     """End the runs that nobody will read to the end, as the interpreter exits."""
-    for run in list(_open_runs):
-        if run.backend.process != os.getpid():
-            continue  # of a process that this one is a fork of
+    for reference in list(_open_runs.values()):
+        run = reference()
+        if run is None or run.backend.process != os.getpid() or not run.inbox.expected:
+            continue  # it is gone, or that of a parent of this fork, or nothing of it is out
         if run.reader is threading.main_thread() or not run.reader.is_alive():
             # Whoever reads on, in a hook that comes later, must not take this for the end.
             run.inbox.fail(RuntimeError("the run was ended, since the interpreter exits"))
@@ -860,7 +907,7 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
 
 
 def _wait_while_falling(count: Callable[[], int]) -> None:
-    """Wait until *count* is 0; but neither if it does not fall for a while, nor for long."""
+    """Wait until *count* is 0, has not fallen for 50 ms, or 1 s has passed."""
     lowest, now = count(), time.monotonic()
     end, limit = now + 0.05, now + 1
     while lowest > 0 and time.monotonic() < min(end, limit):
@@ -966,7 +1013,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 self.join_pool()
                 job = super().hand_over(batch, report)
             self.batches[job] = batch
-        _end_open_runs_before_loky_waits()
+        _end_open_runs_before_loky()
         return job
 
     def results_of(self, outcome: Any) -> list[Any]:
@@ -1012,15 +1059,16 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
 
 @functools.cache
 def _end_open_runs_at_exit() -> None:
+    """See to it, once, that at exit open runs are ended."""
     atexit.register(_end_open_runs)
 
 
 @functools.cache
-def _end_open_runs_before_loky_waits() -> None:
-    """Have open runs ended before loky, at exit, waits for what its workers are busy with.
+def _end_open_runs_before_loky() -> None:
+    """See to it, once, that at exit open runs are ended before loky waits for running tasks.
 
-    It waits in a hook of `threading`, before any of `atexit`. Of these, the last to be registered
-    is the first to run; so this is done once, after loky has registered its own.
+    It waits in a hook of `threading`, which comes before those of `atexit`. The last of these to be
+    registered is the first to run; so this is for when loky has registered its own.
     """
     # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving the
     # interpreter with a run open takes as long as the tasks that are running.
@@ -1055,7 +1103,7 @@ class _ConsumerDrivenDask(_ConsumerDriven):
                 report(_Failure(error))
 
         job = super().hand_over(batch, report)
-        job.add_done_callback(report_error)  # when a worker is lost, joblib does no more than that
+        job.add_done_callback(report_error)  # if a worker is lost, joblib calls nothing else
         return job
 
     def abort(self) -> None:
@@ -1081,7 +1129,7 @@ class _DaskClient:
 
     @property
     def loop(self) -> _DaskClient:
-        return self
+        return self  # of the loop, joblib uses add_callback alone
 
     def add_callback(self, function: Callable[..., Any], *args: Any) -> None:
         async def guarded() -> None:
@@ -1123,8 +1171,8 @@ def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
             **backend.submit_kwargs,
         )
         clone.nesting_level = backend.nesting_level
-        clone.data_futures = backend.data_futures  # by the id of what was scattered:
-        clone.original = backend  # keeps that alive
+        # The keys are ids of what was scattered, which the original keeps alive.
+        clone.data_futures, clone.original = backend.data_futures, backend
     if hasattr(clone, "reset_batch_stats"):
         clone.reset_batch_stats()  # those of another run
     clone.inbox = inbox

@@ -1022,7 +1022,8 @@ class Silent(joblib.parallel.ThreadingBackend):
         (ValueError, {"pre_dispatch": None}, "pre_dispatch must be"),
         (ValueError, {"mmap_mode": "x"}, "mmap_mode must be"),
         (ValueError, {"max_nbytes": "much"}, "max_nbytes must be"),
-        (ValueError, {"max_nbytes": 1.5}, "got 1.5"),
+        (ValueError, {"max_nbytes": -1.5}, "got -1.5"),
+        (ValueError, {"pre_dispatch": "(-n_jobs) ** 0.5"}, "got '(-n_jobs) ** 0.5'"),
         (ValueError, {"temp_folder": 5}, "temp_folder must be a path or None, got 5"),
         (ValueError, {"verbose": "yes"}, "verbose must be a number, got 'yes'"),
         (ValueError, {"prefer": "speed"}, "prefer=speed"),
@@ -1044,9 +1045,13 @@ def test_bad_input_of_single_process_is_met_at_once(arguments):
         SingleProcess.setup(**{"task_func": abs, "tasks": [1], **arguments})
 
 
-def test_a_formula_that_comes_to_nothing():
-    results = Joblib.setup(abs, [1], num_workers=2, pre_dispatch="n_jobs - 2")
-    with pytest.raises(ValueError, match="pre_dispatch"):
+def test_a_formula_that_comes_to_nothing(monkeypatch):
+    with pytest.raises(ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"):
+        Joblib.setup(abs, [1], num_workers=2, pre_dispatch="n_jobs - 2")
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    workers = joblib.cpu_count()
+    results = Joblib.setup(abs, [1], backend="threading", pre_dispatch=f"n_jobs - {workers}")
+    with pytest.raises(ValueError, match="pre_dispatch='n_jobs - 2' comes to 0"):
         next(results)
 
 
