@@ -290,7 +290,7 @@ class Joblib(DistributedBackend):
                 run ends with an error. Default: wait for ever. Ignored with one worker.
             batch_size : int or "auto", default "auto"
                 Tasks sent to a worker at once. "auto" starts with 1 and grows for as long as a
-                batch is drawn, run and read in less than 0.2 seconds, to thousands if need be.
+                batch is out and read within 0.2 seconds, up to 8192.
             pre_dispatch : int or str, default "2 * n_jobs"
                 Tasks drawn at first, and the most batches that are out later; a number, a formula,
                 or "all", which lifts the bound.
@@ -633,6 +633,10 @@ class _Failure:
         self.error = error
 
 
+# Of tasks that take no time, joblib would send 100,000 and more at once. That many gain nothing over
+# this many, but all that are out have to be kept in memory.
+_LARGEST_BATCH = 8192
+
 # On Windows, Ctrl-C does not interrupt a wait.
 _LONGEST_WAIT = 0.1 if sys.platform == "win32" else threading.TIMEOUT_MAX
 
@@ -858,6 +862,7 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
     supports_return_generator = True  # some do not, since their callbacks would block
     inbox: _Inbox
     process: int  # in which the workers are to be stopped: not a fork of it
+    wanted_batch_size: int = 1  # by joblib's own reckoning
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         report = self.inbox.expect(callback)
@@ -882,6 +887,17 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         # joblib asks for the results in its callback, when they have been handed out. It gets one
         # item a batch, so that its generator advances by one step a batch.
         return [None]
+
+    def compute_batch_size(self) -> int:
+        self.wanted_batch_size = super().compute_batch_size()
+        return min(self.wanted_batch_size, _LARGEST_BATCH)
+
+    def batch_completed(self, batch_size: int, duration: float) -> None:
+        if batch_size == _LARGEST_BATCH < self.wanted_batch_size:
+            # joblib wants to know of a batch of the size that it has asked for.
+            duration *= self.wanted_batch_size / batch_size
+            batch_size = self.wanted_batch_size
+        super().batch_completed(batch_size, duration)
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         if self.process == os.getpid():

@@ -410,11 +410,10 @@ class CountingLoky(joblib.parallel.LokyBackend):
 
 def test_batching_is_that_of_joblib():
     CountingLoky.submitted.clear()
-    assert (
-        len(list(Joblib.setup(abs, range(20_000), num_workers=2, backend=CountingLoky()))) == 20_000
-    )
-    assert sum(CountingLoky.submitted) == 20_000
-    assert len(CountingLoky.submitted) < 2_000
+    results = Joblib.setup(abs, range(400_000), num_workers=2, backend=CountingLoky())
+    assert sum(1 for _ in results) == sum(CountingLoky.submitted) == 400_000
+    assert len(CountingLoky.submitted) < 4000
+    assert max(CountingLoky.submitted) == 8192  # joblib would go on, and take up memory
     CountingLoky.submitted.clear()
     results = Joblib.setup(abs, range(70), num_workers=2, batch_size=7, backend=CountingLoky())
     assert len(list(results)) == 70
@@ -1620,13 +1619,18 @@ def measure(*arguments):
         start_new_session=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, [gibibytes << 30] * 2),
     ) as process:
-        try:
-            return int(process.communicate(timeout=seconds)[0])
-        except (subprocess.TimeoutExpired, ValueError):
-            return None
-        finally:
+
+        def kill():  # it and its workers
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and its workers
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(seconds, kill)
+        timer.start()
+        try:
+            return int(process.stdout.readline() or 0) or None
+        finally:
+            timer.cancel()
+            kill()
 
 
 @pytest.mark.bench
