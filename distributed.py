@@ -633,8 +633,8 @@ class _Failure:
         self.error = error
 
 
-# Of tasks that take no time, joblib would send 100,000 and more at once. That many gain nothing over
-# this many, but all that are out have to be kept in memory.
+# Of tasks that take no time, joblib would send 100,000 and more at once. So many gain nothing, but
+# all that are out have to be kept in memory.
 _LARGEST_BATCH = 8192
 
 # On Windows, Ctrl-C does not interrupt a wait.
@@ -761,12 +761,16 @@ class _Run:
                     # Not before: tasks may be slow to draw, or depend on those results.
                     callback(None)
                     next(self.output, None)
-            yield from self.output  # with one worker, joblib has run nothing yet
+            for result in self.output:  # with one worker, joblib has run nothing yet
+                yield result
+                self.reader = threading.current_thread()
             if self.tasks_error is not None:
                 raise self.tasks_error
             if not self.exhausted:
-                # With as few workers as there turned out to be, nothing was drawn at first.
-                raise ValueError(f"pre_dispatch={self.parallel.pre_dispatch!r} comes to 0")
+                # Nothing was drawn at first, with as few workers as there turned out to be; or the
+                # run was ended, with one worker.
+                message = f"pre_dispatch={self.parallel.pre_dispatch!r} comes to 0"
+                raise ValueError(f"{message}, or the interpreter exits")
         finally:
             self.tasks_error = None  # its traceback refers to this frame
             try:
@@ -843,8 +847,8 @@ def _end_open_runs() -> None:
     """End the runs that nobody will read to the end, as the interpreter exits."""
     for reference in list(_open_runs.values()):
         run = reference()
-        if run is None or run.backend.process != os.getpid() or not run.inbox.expected:
-            continue  # it is gone, or that of a parent of this fork, or nothing of it is out
+        if run is None or run.backend.process != os.getpid():
+            continue  # it is gone, or that of a parent of this fork
         if run.reader is threading.main_thread() or not run.reader.is_alive():
             # Whoever reads on, in a hook that comes later, must not take this for the end.
             run.inbox.fail(RuntimeError("the run was ended, since the interpreter exits"))

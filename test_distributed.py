@@ -413,7 +413,7 @@ def test_batching_is_that_of_joblib():
     results = Joblib.setup(abs, range(400_000), num_workers=2, backend=CountingLoky())
     assert sum(1 for _ in results) == sum(CountingLoky.submitted) == 400_000
     assert len(CountingLoky.submitted) < 4000
-    assert max(CountingLoky.submitted) == 8192  # joblib would go on, and take up memory
+    assert max(CountingLoky.submitted) <= 8192  # joblib would go on, and take up memory
     CountingLoky.submitted.clear()
     results = Joblib.setup(abs, range(70), num_workers=2, batch_size=7, backend=CountingLoky())
     assert len(list(results)) == 70
@@ -1505,7 +1505,7 @@ def busy(milliseconds):
 WORKLOADS = {
     "100,000 trivial tasks": lambda: (abs, range(100_000)),
     "1 ms each": lambda: (sum, [busy(1)] * 1000),
-    "20 ms each": lambda: (sum, [busy(20)] * 100),
+    "20 ms each": lambda: (sum, [busy(20)] * 250),
     "uneven: one of 150 ms among 1 ms": lambda: (
         sum,
         [busy(1)] * 400 + [busy(150)] + [busy(1)] * 100,
@@ -1567,13 +1567,17 @@ def test_speed_of_the_first_result(benchmark, table, contender):
     add_ratio(table, benchmark.group, contender, benchmark.stats.stats.median)
 
 
+def same(task):
+    return task
+
+
 @pytest.mark.bench
 @pytest.mark.parametrize("contender", [single_process, plain_map])
 def test_speed_of_single_process(benchmark, table, contender):
     benchmark.group = "100,000 trivial tasks, in one process"
     with contender() as run:
         benchmark.pedantic(
-            lambda: collections.deque(run(abs, iter(range(100_000))), maxlen=0),
+            lambda: collections.deque(run(same, iter(range(100_000))), maxlen=0),
             rounds=50,
             warmup_rounds=5,
         )
@@ -1611,7 +1615,7 @@ def measure(*arguments):
     """Return what a function of this file prints in a process of its own, if it survives."""
     command = [sys.executable, __file__, *map(str, arguments)]
     # What needs more than that is not going to survive a long run.
-    gibibytes, seconds = 4, 120
+    gibibytes, seconds = 4, 60
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
