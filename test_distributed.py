@@ -1495,6 +1495,7 @@ NAMES = {
 RIVALS = [this_module, plain_joblib, pool, executor, mpire]
 
 
+@functools.cache  # the same for all
 def busy(milliseconds):
     """Return a task that makes `sum` work for so long."""
     count = 100_000
