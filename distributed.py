@@ -1050,15 +1050,16 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 self.kill_pool()
             else:
                 # Futures are not cancelled: loky's manager thread does not survive a kill of the
-                # pool while it has cancelled ones. A batch of nothing is as good.
+                # pool while it has cancelled ones. A batch of nothing is as good. (So far joblib
+                # fails to pickle what a run has left in the queue, which has the same effect.)
                 for batch in left.values():
                     batch.items.clear()
 
     def kill_pool(self) -> None:
         if self.pool_settings is None:
             return  # another run has killed it
-        # Nor does it survive a kill before it has moved on what was submitted, as far as there is
-        # room in the queue of the workers. To look for room it must be woken, by a submission.
+        # loky's manager thread does not survive a kill before it has put what was submitted into
+        # the queue of the workers, as far as there is room. Only a submission makes it look.
         with contextlib.suppress(RuntimeError):  # broken already
             last = super().hand_over(joblib.parallel.BatchedCalls([], (None, None)), _ignore)
             jobs = {last, *self.abandoned}
