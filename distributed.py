@@ -65,10 +65,11 @@ R = TypeVar("R")
 
 
 class DistributedBackend(ABC):
-    """Interface of all engines.
+    """Abstract base class of the engines: the interface that each of them implements.
 
-    Both methods are static, so that a class serves as well as an instance. An engine of your own
-    implements the two:
+    Each has a strategy of its own, from one process that runs tasks sequentially to many that run
+    them in parallel. Both methods are static, so that a class serves as well as an instance. An
+    engine of your own implements the two:
 
     >>> class Backwards(DistributedBackend):
     ...     @staticmethod
