@@ -704,13 +704,15 @@ def test_leaving_is_silent_whatever_loky_has_queued(tmp_path, pre_dispatch, capf
 
 
 @pytest.mark.parametrize("blocked", ["inner", "outer"])
-def test_leaving_a_chain_stops_all_of_it(stoppable_setup, tmp_path, blocked, capfd):
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_leaving_a_chain_stops_all_of_it(tmp_path, backend, blocked, capfd):
+    setup = functools.partial(Joblib.setup, num_workers=2, backend=backend)
     stuck = [block(tmp_path)] * 9
     # The outer run draws four tasks before it gives a result.
     inner = [repr(value(1))] * 4 + (stuck if blocked == "inner" else [repr(task) for task in stuck])
 
     def run():  # holds the only references
-        return stoppable_setup(eval, stoppable_setup(eval, inner, batch_size=1), batch_size=1)
+        return setup(eval, setup(eval, inner, batch_size=1), batch_size=1)
 
     results = run()
     next(results)
