@@ -521,18 +521,24 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
-    """Raise an error if one of *options* is unknown, or known to be bad."""
-    if "n_jobs" in options:
-        raise TypeError(f"n_jobs={options['n_jobs']!r} is not an option: use num_workers")
-    # What the backend itself takes is named by its configure method.
-    takers = (joblib.Parallel, type(backend).configure)
-    known = {
+@functools.cache  # to look at signatures is slow
+def _known_options(kind: Any) -> frozenset[str]:
+    """Return the names of joblib's options, and of those that a class of backends takes itself."""
+    takers = (joblib.Parallel, kind.configure)
+    return frozenset(
         parameter.name
         for taker in takers
         for parameter in inspect.signature(taker).parameters.values()
         if parameter.kind is not parameter.VAR_KEYWORD
-    } - {"self", "n_jobs", "parallel"}
+    ) - {"self", "n_jobs", "parallel"}
+
+
+def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
+    """Raise an error if one of *options* is unknown, or known to be bad."""
+    if "n_jobs" in options:
+        raise TypeError(f"n_jobs={options['n_jobs']!r} is not an option: use num_workers")
+    kind: Any = type(backend)
+    known = _known_options(kind)
     for name, value in options.items():
         if name not in known:
             expected = ", ".join(map(repr, sorted(known)))
@@ -545,7 +551,7 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
     if isinstance(formula, str) and formula != "all":
         _check_formula(formula, n_jobs)
     if options.get("require") == "sharedmem" and not getattr(backend, "supports_sharedmem", False):
-        raise ValueError(f"require='sharedmem' is more than {type(backend).__name__} can do")
+        raise ValueError(f"require='sharedmem' is more than {kind.__name__} can do")
 
 
 def _chosen_backend(backend: Any, hints: dict[str, Any]) -> Any:
@@ -861,6 +867,26 @@ def _end_open_runs() -> None:
             run.ended.wait(timeout=1)
 
 
+@functools.cache
+def _end_open_runs_at_exit() -> None:
+    """See to it, once, that at exit open runs are ended."""
+    atexit.register(_end_open_runs)
+
+
+@functools.cache
+def _end_open_runs_before_loky() -> None:
+    """See to it, once, that at exit open runs are ended before loky waits for running tasks.
+
+    It waits in a hook of `threading`, which comes before those of `atexit`. The last of these to be
+    registered is the first to run; so this is for when loky has registered its own.
+    """
+    # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving the
+    # interpreter with a run open takes as long as the tasks that are running.
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(_end_open_runs)
+
+
+# joblib ships no types, so to a type checker the base could be anything.
 class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc, unused-ignore]
     """Mixed into the class of a joblib backend: lets the consumer act on what it reports."""
 
@@ -1077,25 +1103,6 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
             if self.is_pool_haunted() and self.another_busy() is None and not is_interruption:
                 self.kill_pool()  # it was spared for the sake of this run
             super().finish()
-
-
-@functools.cache
-def _end_open_runs_at_exit() -> None:
-    """See to it, once, that at exit open runs are ended."""
-    atexit.register(_end_open_runs)
-
-
-@functools.cache
-def _end_open_runs_before_loky() -> None:
-    """See to it, once, that at exit open runs are ended before loky waits for running tasks.
-
-    It waits in a hook of `threading`, which comes before those of `atexit`. The last of these to be
-    registered is the first to run; so this is for when loky has registered its own.
-    """
-    # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving the
-    # interpreter with a run open takes as long as the tasks that are running.
-    register = getattr(threading, "_register_atexit", atexit.register)
-    register(_end_open_runs)
 
 
 class _ConsumerDrivenPool(_ConsumerDriven):

@@ -457,15 +457,20 @@ def test_an_error_of_the_backend_comes_after_what_was_received_before():
     assert error.args == ("no more",)
 
 
-def test_an_error_comes_after_what_was_received_before(setup, tmp_path):
-    tasks = [touch(tmp_path / str(task), task) for task in range(3)]
-    results = setup(eval, [*tasks, await_path(tmp_path / "go") + " or 1 / 0"], batch_size=1)
+def check_what_was_received_comes_first(setup, folder, fault, expected_error):
+    tasks = [touch(folder / str(task), task) for task in range(3)]
+    results = setup(eval, [*tasks, f"{await_path(folder / 'go')} or {fault}"])
     received = [next(results)]
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 3)
-    (tmp_path / "go").touch()
-    rest, error = collect(results, ZeroDivisionError)
+    wait_until(lambda: len(list(folder.iterdir())) == 3)
+    (folder / "go").touch()
+    rest, error = collect(results, expected_error)
     assert sorted([*received, *rest]) == [0, 1, 2]
     assert error is not None
+
+
+def test_an_error_comes_after_what_was_received_before(setup, tmp_path):
+    setup = functools.partial(setup, batch_size=1)
+    check_what_was_received_comes_first(setup, tmp_path, "1 / 0", ZeroDivisionError)
 
 
 def test_a_stop_iteration_of_a_task_is_an_error(any_setup):
@@ -820,14 +825,8 @@ def test_a_worker_that_dies_is_an_error(death, capfd):
 
 
 def test_a_worker_that_dies_costs_nothing_that_was_received(tmp_path):
-    tasks = [touch(tmp_path / str(task), task) for task in range(3)]
-    run = Joblib.setup(eval, [*tasks, await_path(tmp_path / "go") + " or " + KILL], num_workers=2)
-    received = [next(run)]
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 3)
-    (tmp_path / "go").touch()
-    rest, error = collect(run, BrokenExecutor)
-    assert sorted([*received, *rest]) == [0, 1, 2]
-    assert error is not None
+    setup = functools.partial(Joblib.setup, num_workers=2)
+    check_what_was_received_comes_first(setup, tmp_path, KILL, BrokenExecutor)
 
 
 def test_a_run_that_rests_survives_the_death_of_a_worker():
