@@ -39,9 +39,11 @@ import inspect
 import itertools
 import math
 import multiprocessing
+import multiprocessing.pool
 import numbers
 import operator
 import os
+import pickle
 import queue
 import re
 import sys
@@ -625,8 +627,102 @@ def _one_by_one(task_func: Callable[[T], R], tasks: Iterator[T]) -> Generator[R,
         yield task_func(task)  # not map(), which would take a StopIteration for the end
 
 
+def _batch_runner(pack_errors: bool) -> Callable[..., tuple[list[Any], Any]]:
+    """Return the function that workers call: the only thing of this module that is sent to them.
+
+    It travels by value, so it must not refer to anything of this module: it imports what it needs.
+    """
+
+    def run_batch(task_func: Any, *tasks: Any) -> tuple[list[Any], Any]:
+        """Return the results, and the error of the task that ended the batch, if one did."""
+        results: list[Any] = []
+        try:
+            for task in tasks:
+                results.append(task_func(task))
+        except Exception as error:
+            return results, pack(error) if pack_errors else error
+        return results, None
+
+    def pack(error: Exception) -> tuple[bytes | None, str, str]:
+        """Return *error* pickled in a form that survives, its summary, and its traceback."""
+        import pickle
+        import traceback
+
+        import joblib
+
+        def dump_by_value(value: Any) -> bytes:
+            _, (data,) = joblib.wrap_non_picklable_objects(value, keep_wrapper=False).__reduce__()
+            return data  # type: ignore[no-any-return]
+
+        summary = "".join(traceback.format_exception_only(type(error), error)).strip()
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        # Many a class cannot be called with the `args` that it gave to its base. Then what the
+        # built-in class underneath knows of the error is sent instead.
+        kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
+        for form in (error, (kind, *kind.__reduce__(error))):
+            # By reference first: by value, a class may turn into another one of the same name.
+            for dump in (pickle.dumps, dump_by_value):
+                try:
+                    data = dump(form)
+                    copy = pickle.loads(data)
+                    if form is not error or repr(copy.args) == repr(error.args):
+                        return data, summary, text
+                except Exception:
+                    continue
+        return None, summary, text
+
+    return run_batch
+
+
+def _unpacked_error(data: bytes | None, summary: str, text: str) -> BaseException:
+    """Return the error that a worker has packed, with the worker's traceback as its cause."""
+    error: BaseException
+    try:
+        if data is None:
+            raise pickle.PicklingError
+        form = pickle.loads(data)
+        error = form if isinstance(form, BaseException) else _rebuilt_error(*form)
+    except Exception:
+        error = RuntimeError(f"a task raised an exception that cannot be pickled: {summary}")
+    error.__cause__ = multiprocessing.pool.RemoteTraceback(f'\n"""\n{text}"""')
+    return error
+
+
+def _rebuilt_error(kind: Any, cls: Any, args: Any, state: Any = None) -> BaseException:
+    """Put an error together as its built-in base class *kind* does, without its own __init__."""
+    error: BaseException = kind.__new__(cls, *args)
+    kind.__init__(error, *args)
+    kind.__setstate__(error, state)
+    return error
+
+
+class _SentByValue:
+    """A function that is pickled by value, and only once, since that is slow."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+    @functools.cached_property
+    def _reduced(self) -> Any:
+        return joblib.wrap_non_picklable_objects(self.function, keep_wrapper=False).__reduce__()
+
+
+_RUN_BATCH = _SentByValue(_batch_runner(pack_errors=True))
+_RUN_BATCH_IN_THREAD = _SentByValue(_batch_runner(pack_errors=False))
+
+
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
     """No task completed in time. joblib's users catch the one, everybody else the other."""
+
+
+class _OneWorker(Exception):
+    """Raised by a backend that has one worker only: tasks can as well run in this process."""
 
 
 class _RunEnded(BaseException):
@@ -737,7 +833,7 @@ class _Run:
         _check_options(options, backend, n_jobs)
         self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
         self.timeout: float | None = options.pop("timeout", None)
-        self.backend = _consumer_driven(backend, self.inbox)
+        self.backend = _consumer_driven(backend, self.inbox, task_func)
         self.parallel = joblib.Parallel(
             n_jobs=n_jobs, backend=self.backend, return_as="generator_unordered", **options
         )
@@ -757,27 +853,31 @@ class _Run:
         _open_runs[id(self)] = weakref.ref(self)
         _end_open_runs_at_exit()
         try:
-            self.output = self.parallel(self._calls())
+            try:
+                self.output = self.parallel(self._tasks())
+            except _OneWorker:
+                yield from self._one_by_one()
+                return
             with self.backend.waiting():
                 while self.inbox.expected:
                     self.reader = threading.current_thread()
-                    callback, results = self._next_batch()
+                    callback, results, error = self._next_batch()
                     while results:
                         yield results.pop()  # hold on to none that has been handed out
+                    if error is not None:
+                        try:
+                            raise error
+                        finally:
+                            del error  # its traceback refers to this frame
                     self.reader = threading.current_thread()
                     # Not before: tasks may be slow to draw, or depend on those results.
                     callback(None)
                     next(self.output, None)
-            for result in self.output:  # with one worker, joblib has run nothing yet
-                yield result
-                self.reader = threading.current_thread()
             if self.tasks_error is not None:
                 raise self.tasks_error
             if not self.exhausted:
-                # Nothing was drawn at first, with as few workers as there turned out to be; or the
-                # run was ended, with one worker.
-                message = f"pre_dispatch={self.parallel.pre_dispatch!r} comes to 0"
-                raise ValueError(f"{message}, or the interpreter exits")
+                # Nothing was drawn at first, with as few workers as there turned out to be.
+                raise ValueError(f"pre_dispatch={self.parallel.pre_dispatch!r} comes to 0")
         finally:
             self.tasks_error = None  # its traceback refers to this frame
             try:
@@ -794,24 +894,31 @@ class _Run:
             self.tasks_error = error
         self.exhausted = True
 
-    def _calls(self) -> Iterator[Any]:
-        """Return what joblib's `delayed` makes of each task: (task_func, (task,), {}).
-
-        `delayed` itself is slow, so it is called once, and its answer repeated. `zip` makes a tuple
-        of each task.
-        """
-        function, _, keywords = joblib.delayed(self.task_func)()
+    def _tasks(self) -> Iterator[Any]:
         # joblib keeps this iterator, which must not refer to the run; iter() of a proxy would.
-        tasks = map(next, itertools.repeat(weakref.proxy(self.drawn)))
-        return zip(itertools.repeat(function), zip(tasks), itertools.repeat(keywords))
+        return map(next, itertools.repeat(weakref.proxy(self.drawn)))
 
-    def _next_batch(self) -> tuple[Callable[[Any], None], list[Any]]:
+    def _one_by_one(self) -> Iterator[Any]:
+        if not self.parallel.verbose:
+            return _one_by_one(self.task_func, self.tasks)
+        # joblib does the same, and prints how far it is.
+        run = joblib.Parallel(
+            n_jobs=1, backend="sequential", return_as="generator", verbose=self.parallel.verbose
+        )
+        call = joblib.delayed(self.task_func)
+        return run(call(task) for task in self.tasks)  # type: ignore[no-any-return]
+
+    def _next_batch(self) -> tuple[Callable[[Any], None], list[Any], BaseException | None]:
         callback, outcome = self.inbox.take(self.timeout)
         try:
-            return callback, self.backend.results_of(outcome)
+            results, error = self.backend.results_of(outcome)
         except BaseException as error:
             # Its traceback leads to the outcome, and if that leads to the error they stay for long.
             raise error.with_traceback(None) from error.__cause__
+        if isinstance(error, tuple):
+            error = _unpacked_error(*error)
+        results.reverse()
+        return callback, results, error
 
     def end(self) -> None:
         output = self.output
@@ -892,11 +999,17 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
 
     supports_return_generator = True  # some do not, since their callbacks would block
     inbox: _Inbox
+    task_func: Callable[[Any], Any]
     process: int  # in which the workers are to be stopped: not a fork of it
     wanted_batch_size: int = 1  # by joblib's own reckoning
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         report = self.inbox.expect(callback)
+        # One call a batch: joblib does not look at the items again, and a call for each task would
+        # take several times longer to pickle.
+        in_thread = getattr(self, "supports_sharedmem", False)
+        run_batch = _RUN_BATCH_IN_THREAD if in_thread else _RUN_BATCH
+        func.items = [(run_batch, (self.task_func, *func.items), {})]
         try:
             return self.hand_over(func, report)
         except Exception as error:
@@ -906,13 +1019,21 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
     def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
         return super().submit(batch, callback=report)
 
-    def results_of(self, outcome: Any) -> list[Any]:
-        """Return the results of a batch, the last one first, or raise its error."""
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        try:
+            workers: int = super().configure(n_jobs=n_jobs, parallel=parallel, **options)
+        except joblib.parallel.FallbackToBackend:
+            workers = 1
+        if workers == 1:
+            raise _OneWorker
+        return workers
+
+    def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
+        """Return what run_batch has returned for a batch, or raise the error of the engine."""
         if isinstance(outcome, _Failure):
             raise outcome.error
-        results: list[Any] = super().retrieve_result_callback(outcome)
-        results.reverse()
-        return results
+        (returned,) = super().retrieve_result_callback(outcome)
+        return returned  # type: ignore[no-any-return]
 
     def retrieve_result_callback(self, out: Any) -> list[None]:
         # joblib asks for the results in its callback, when they have been handed out. It gets one
@@ -1007,7 +1128,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
         wanted: int = self.effective_n_jobs(n_jobs)
         if wanted == 1:
-            super().configure(n_jobs=1, parallel=parallel, **options)  # raises FallbackToBackend
+            raise _OneWorker
         self.parallel = parallel
         self.batches = {}
         self.settings = _PoolSettings(
@@ -1063,7 +1184,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         _end_open_runs_before_loky()
         return job
 
-    def results_of(self, outcome: Any) -> list[Any]:
+    def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
         with self.locked():
             self.batches.pop(outcome, None)
         return super().results_of(outcome)
@@ -1120,9 +1241,9 @@ class _ConsumerDrivenPool(_ConsumerDriven):
 class _ConsumerDrivenDask(_ConsumerDriven):
     """Adds what joblib's Dask backend does not tell, and does not do."""
 
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-        # With one worker joblib would run the tasks in this process, not on the cluster.
-        workers: int = super().configure(n_jobs=n_jobs, parallel=parallel, **options)
+    def effective_n_jobs(self, n_jobs: int) -> int:
+        # With one worker tasks would run in this process, not on the cluster.
+        workers: int = super().effective_n_jobs(n_jobs)
         return max(workers, 2)
 
     def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
@@ -1175,7 +1296,7 @@ def _subclass(mixin: Any, kind: Any) -> Any:
     return type(kind.__name__, (mixin, kind), {})  # joblib shows the name
 
 
-def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
+def _consumer_driven(backend: Any, inbox: _Inbox, task_func: Callable[[Any], Any]) -> Any:
     """Return a joblib backend like *backend*, which is left as it is, for one run."""
     is_sequential = isinstance(backend, joblib.parallel.SequentialBackend)
     if not (is_sequential or backend.supports_retrieve_callback):
@@ -1205,5 +1326,6 @@ def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
     if hasattr(clone, "reset_batch_stats"):
         clone.reset_batch_stats()  # those of another run
     clone.inbox = inbox
+    clone.task_func = task_func
     clone.process = os.getpid()
     return clone
