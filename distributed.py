@@ -1,7 +1,7 @@
 """Run a function over many tasks: one by one, on all cores, or on a cluster.
 
-Copy this file into a package of yours. It needs Python 3.10 or newer, joblib 1.5 or newer and
-nothing else.
+This file is meant to be copied: it needs Python 3.10 or newer, joblib 1.5 or newer and
+nothing else. `__version__`, below, tells whether there is a newer one where it comes from.
 
 An engine is picked by name. Whatever the engine, results come from a generator:
 
@@ -12,55 +12,65 @@ An engine is picked by name. Whatever the engine, results come from a generator:
 2
 3
 
-"single_process" (`SingleProcess`) runs the tasks one after another in this process. Take it to
-debug, since breakpoints, `print` and profilers work as ever, and for work too small to share out.
+"single_process" (`SingleProcess`) runs the tasks one after another in this process. Take
+it to debug, since breakpoints, `print` and profilers work as ever, and for work too small
+to share out.
 
-"joblib" (`Joblib`) runs them on all cores; through joblib also in threads, or on a Dask or Ray
-cluster. Take it for everything else. Results then come in the order in which they complete:
+"joblib" (`Joblib`) runs them on all cores; through joblib also in threads, or on a Dask
+or Ray cluster. Take it for everything else. Results come as they complete:
 
 >>> engine = get_backend("joblib")
 >>> sorted(engine.setup(abs, [-1, -2, -3]))
 [1, 2, 3]
 
-Both are lazy, take endless tasks, agree on errors and can be left at any time; what else may be
-relied upon is said in `Joblib.setup`.
+Both are lazy, take endless tasks, agree on errors and can be left at any time. The class
+`Joblib` says what else may be relied upon, and what not.
 
-The file belongs inside a package because a top-level module called ``distributed`` hides the
-package of that name in which Dask's scheduler lives.
+Put the file inside a package: a top-level module called ``distributed`` hides the package
+of that name in which Dask's scheduler lives.
 """
+
+# joblib ships no types, and classes are derived from its own at run time, which no type
+# checker can follow; and a batch that fails must be reported, whatever its error is.
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+# ruff: noqa: BLE001
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import itertools
 import math
 import multiprocessing
 import multiprocessing.pool
+import multiprocessing.process
 import numbers
 import operator
 import os
 import pickle
 import queue
 import re
+import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, overload
+from concurrent.futures import BrokenExecutor, Future
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
-# joblib ships no types; some users have its stubs installed.
 import joblib  # type: ignore[import-untyped, unused-ignore]
 import joblib.parallel  # type: ignore[import-untyped, unused-ignore]
 
 __all__ = ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -69,9 +79,9 @@ R = TypeVar("R")
 class DistributedBackend(ABC):
     """Abstract base class of the engines: the interface that each of them implements.
 
-    Each has a strategy of its own, from one process that runs tasks sequentially to many that run
-    them in parallel. Both methods are static, so that a class serves as well as an instance. An
-    engine of your own implements the two:
+    Each has a strategy of its own, from one process that runs tasks sequentially to many
+    that run them in parallel. Both methods are static, so that a class serves as well as
+    an instance. An engine of your own implements the two:
 
     >>> class Backwards(DistributedBackend):
     ...     @staticmethod
@@ -81,7 +91,7 @@ class DistributedBackend(ABC):
     ...     @staticmethod
     ...     def shutdown(*args, **kwargs):
     ...         pass
-    >>> list(Backwards.setup(abs, iter([-1, -2, -3])))
+    >>> list(Backwards.setup(abs, [-1, -2, -3]))
     [3, 2, 1]
 
     The interface itself has no instances:
@@ -127,7 +137,8 @@ class DistributedBackend(ABC):
 class SingleProcess(DistributedBackend):
     """Runs tasks one after another in this process.
 
-    The simplest engine: for debugging, and for work that does not call for parallel execution.
+    The simplest engine: for debugging, and for work that does not call for parallel
+    execution.
     """
 
     @staticmethod
@@ -183,14 +194,14 @@ class SingleProcess(DistributedBackend):
         TypeError
             At once, if *task_func* is not callable or *tasks* is not iterable.
         RuntimeError
-            From the generator, if *task_func* raises `StopIteration`, which becomes its cause:
-            out of a generator it would look like the end of the results.
+            From the generator, if *task_func* raises `StopIteration`, which becomes its
+            cause: out of a generator it would look like the end of the results.
         """
         return _one_by_one(task_func, _checked_call(task_func, tasks))
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
-        """Do nothing, since nothing is kept between runs; call it any number of times, or never.
+        """Do nothing, since nothing is kept between runs; may be called at any time.
 
         >>> SingleProcess.shutdown()
         """
@@ -199,7 +210,86 @@ class SingleProcess(DistributedBackend):
 class Joblib(DistributedBackend):
     """Runs tasks in several worker processes, through joblib's `Parallel` and `delayed`.
 
-    For CPU-intensive work, which gains from true parallelism.
+    For CPU-intensive work, which gains from true parallelism. What follows holds on every
+    joblib backend, but for what is listed under "Not promised".
+
+    *Lazy.* Nothing is drawn or started before the first result is asked for.
+
+    *Bounded.* At most *pre_dispatch* batches, and as many more as there are workers, have
+    been drawn beyond the results handed out, however slow the consumer and however many
+    tasks there are. With ``batch_size=1`` and a small *pre_dispatch* that is close enough
+    for tasks that depend on earlier results.
+
+    >>> def tasks():
+    ...     for task in itertools.count():
+    ...         print("drawing", task)
+    ...         yield task
+    >>> results = Joblib.setup(abs, tasks(), num_workers=2)
+    >>> first = next(results)
+    drawing 0
+    drawing 1
+    drawing 2
+    drawing 3
+
+    *Ends cleanly.* Closing the generator ends the run, as do ``break``, ``del``, an error
+    and leaving the interpreter. What is queued is dropped, workers that are busy with the
+    run are stopped, and nothing is printed or warned of.
+
+    >>> results.close()
+    >>> list(results)
+    []
+
+    *The caller's thread.* *tasks* is advanced only inside ``next()``, in the thread that
+    calls it. A database cursor or a context variable can feed it.
+
+    *Composable.* Runs can be chained, interleaved, overlapped and started inside a task.
+
+    >>> absolute = Joblib.setup(abs, [-1, -2, -3], num_workers=2)
+    >>> sorted(Joblib.setup(str, absolute, num_workers=2))
+    ['1', '2', '3']
+
+    *Independent.* A run that fails, times out or is closed does not disturb another run.
+
+    *Nothing is lost.* Whatever results were received before an error are handed out
+    first. An error of a task costs no other result of its batch; an error of *tasks* is
+    raised when the results of all that it did yield are out.
+
+    >>> def failing():
+    ...     yield -1
+    ...     yield -2
+    ...     raise LookupError("no more tasks")
+    >>> results = Joblib.setup(abs, failing(), num_workers=2, return_as="generator")
+    >>> next(results), next(results)
+    (1, 2)
+    >>> next(results)
+    Traceback (most recent call last):
+    LookupError: no more tasks
+
+    *No hang.* A worker process that dies is an error, and so is a thread of the backend
+    that dies. In a fork of a process that has used loky, loky is an error.
+
+    *Self-contained.* Workers are sent one function of this module, by value. They import
+    the module only if that of *task_func* does.
+
+    Not promised:
+
+    - loky has one pool of workers for a process. While one run has work in it, another
+      run that starts shares the pool as it is, with the number of workers, *initializer*
+      and memory-mapping options of the first. Of a run that is left then, up to two
+      batches a worker go on until the other runs have ended; if they are stuck, only a
+      *timeout* of the others ends the wait. A worker that dies, or a task or result that
+      cannot be unpickled, is an error in every run that has work in the pool.
+    - Whoever else uses loky through `joblib.Parallel` shares the pool, too: its failure
+      is an error here, and the other way round. If it asks for another number of workers
+      in another thread, both can wait for each other for ever, as two of its kind can.
+      When the main thread has ended, the pool takes no more tasks.
+    - Threads cannot be stopped: what they are busy with goes on in the background. The
+      same is true of Dask's workers, which are threads.
+    - With `multiprocessing`, a worker's death is noticed within about a second, and only
+      when no other task completes. An interrupt while it starts may leave workers.
+    - Of a batch with a result that cannot be pickled, no result arrives.
+    - An error of *tasks* that is no `Exception`, such as `KeyboardInterrupt`, is raised
+      at once.
     """
 
     @staticmethod
@@ -211,182 +301,96 @@ class Joblib(DistributedBackend):
     ) -> Generator[R, None, None]:
         """Run *task_func* on every one of *tasks*, in parallel.
 
-        Nothing is drawn or started before the first result is asked for, and then only so much
-        as keeps the workers busy. Two workers have four tasks out at first, however many there are:
+        Results come as they complete, or in the order of the tasks:
 
-        >>> def tasks():
-        ...     for task in itertools.count():
-        ...         print("drawing", task)
-        ...         yield task
-        >>> results = Joblib.setup(abs, tasks(), num_workers=2)
-        >>> first = next(results)
-        drawing 0
-        drawing 1
-        drawing 2
-        drawing 3
-
-        Closing the generator ends the run, as do ``break``, ``del`` and an error:
-
-        >>> results.close()
-        >>> list(results)
-        []
-
-        Results can be had in the order of the tasks, under the same bound:
-
+        >>> sorted(Joblib.setup(abs, [-3, -1, -2], num_workers=2))
+        [1, 2, 3]
         >>> list(Joblib.setup(abs, [-3, -1, -2], num_workers=2, return_as="generator"))
         [3, 1, 2]
 
         An error of a task is raised where its result would have been:
 
-        >>> results = Joblib.setup(int, ["1", "two"], num_workers=2, return_as="generator")
+        >>> results = Joblib.setup(int, ["1", "two"], 2, return_as="generator")
         >>> next(results)
         1
         >>> next(results)
         Traceback (most recent call last):
         ValueError: invalid literal for int() with base 10: 'two'
 
-        An error of *tasks* is raised when the results of all that it did yield are out:
-
-        >>> def failing():
-        ...     yield -1
-        ...     yield -2
-        ...     raise LookupError("no more tasks")
-        >>> results = Joblib.setup(abs, failing(), num_workers=2, return_as="generator")
-        >>> next(results), next(results)
-        (1, 2)
-        >>> next(results)
-        Traceback (most recent call last):
-        LookupError: no more tasks
-
-        One run can feed another:
-
-        >>> absolute = Joblib.setup(abs, [-1, -2, -3], num_workers=2)
-        >>> sorted(Joblib.setup(str, absolute, num_workers=2))
-        ['1', '2', '3']
-
         Parameters
         ----------
         task_func : Callable[[T], R]
-            The function to run; it is called with one task. Worker processes are sent it, the
-            tasks and the results: all must be picklable, on most backends by cloudpickle, which
-            takes lambdas and functions of ``__main__``, too.
+            The function to run; it is called with one task. Worker processes are sent it,
+            the tasks and the results: all must be picklable, on most backends by
+            cloudpickle, which takes lambdas and functions of ``__main__``, too.
         tasks : Iterable[T]
             The tasks; an iterator, as the interface has it, or any other iterable.
         num_workers : int, optional
-            Number of worker processes, or of threads. Default: -1, which means all available
-            cores, unless an open `joblib.parallel_config` sets ``n_jobs``; -2 means all but one,
-            and so on. With 1, tasks run in this process, one after another. Dask ignores it and
-            uses the whole cluster.
+            Number of worker processes, or of threads. Default: -1, which means all
+            available cores, unless an open `joblib.parallel_config` sets ``n_jobs``; -2
+            means all but one, and so on. With 1, tasks run in this process, one after
+            another. Dask ignores it and uses the whole cluster.
         **kwargs
             Options. Those of `joblib.Parallel`, but for ``n_jobs``:
 
             backend : str or joblib.parallel.ParallelBackendBase, default "loky"
-                "loky" (processes), "threading", "multiprocessing", "dask" (the cluster of the
-                current `dask.distributed.Client`), "ray", another registered name, or an instance.
-                The default is another if an open `joblib.parallel_config`, *prefer* or *require*
-                says so.
-            return_as : {"generator_unordered", "generator"}, default "generator_unordered"
-                Whether results come as they complete or in the order of the tasks. In order, a
-                task that takes long keeps workers idle once *pre_dispatch* batches are out.
+                "loky" (processes), "threading", "multiprocessing", "dask" (the cluster of
+                the current `dask.distributed.Client`), "ray", another registered name, or
+                an instance. An open `joblib.parallel_config`, *prefer* or *require* may
+                change the default.
+            return_as : {"generator_unordered", "generator"}
+                Results as they complete, which is the default, or in the order of the
+                tasks. In order, a task that takes long keeps workers idle once
+                *pre_dispatch* batches are out.
             timeout : float, optional
-                Seconds. When the consumer has waited for that long and no task has completed, the
-                run ends with an error. Default: wait for ever. Ignored with one worker.
+                Seconds. When the consumer has waited for that long and no task has
+                completed, the run ends with an error. The start of the workers and their
+                imports count, too. Default: wait for ever. Ignored with one worker.
             batch_size : int or "auto", default "auto"
-                Tasks sent to a worker at once. "auto" starts with 1 and grows for as long as a
-                batch is out and read within 0.2 seconds, up to 8192.
+                Tasks sent to a worker at once. "auto" starts with 1 and grows for as long
+                as a batch is out and read within 0.2 seconds, up to 8192.
             pre_dispatch : int or str, default "2 * n_jobs"
-                Tasks drawn at first, and the most batches that are out later; a number, a formula,
-                or "all", which lifts the bound.
+                How far to work ahead: tasks drawn at first, and the most batches that are
+                out later; a number, a formula, or "all", which lifts the bound.
+            initializer, initargs : callable and tuple, optional
+                Called in each worker process of "loky" or "multiprocessing" as it starts.
             prefer, require, verbose, temp_folder, max_nbytes, mmap_mode
                 As in joblib.
 
-            Also those that ``configure`` of the joblib backend takes by name, such as loky's
-            ``idle_worker_timeout`` (seconds, default 300). What its constructor takes goes into a
-            ``joblib.parallel_config(backend=..., ...)`` around the call. One that is open when
-            `setup` is called is honoured; neither it nor a backend passed in is changed.
+            Also what else the backend takes from `joblib.Parallel`, such as loky's
+            ``idle_worker_timeout`` (seconds, default 300). What its constructor takes
+            goes into a ``joblib.parallel_config(backend=..., ...)`` around the call.
+            One that is open when `setup` is called is honoured; neither it nor a backend
+            passed in is changed.
 
         Returns
         -------
         Generator[R, None, None]
-            Yields the results as they complete. Like any generator, it can be read by several
-            threads, but only by one at a time.
+            Yields the results. Like any generator, it can be read by several threads, but
+            only by one at a time.
 
         Raises
         ------
-        TypeError, ValueError
-            At once, if an argument is not as said here; the message names it and shows the value.
-
-            >>> Joblib.setup(abs, [], backend="nope")  # doctest: +ELLIPSIS
-            Traceback (most recent call last):
-            ValueError: backend must be an instance or one of 'dask', ..., got 'nope'
-            >>> Joblib.setup(abs, [], bacth_size=1)  # doctest: +ELLIPSIS
-            Traceback (most recent call last):
-            TypeError: unknown option bacth_size=1: expected one of 'backend', 'batch_size', ...
-
-        ImportError
-            At once, if *backend* is "dask" or "ray" and its package is missing or hidden.
+        TypeError, ValueError, ImportError
+            At once, if an argument is not as said here, or if the package of *backend* is
+            missing or hidden; the message names the argument and shows the value.
         TimeoutError
-            From the generator, after *timeout*; it is a `multiprocessing.TimeoutError`, too.
-        RuntimeError
-            From the generator, if *task_func* raises `StopIteration`, which becomes its cause.
+            From the generator, after *timeout*; a `multiprocessing.TimeoutError`, too.
+        concurrent.futures.BrokenExecutor
+            From the generator, if a worker process of loky or `multiprocessing` dies. Of
+            Dask, it is a ``KilledWorker``; of Ray, a ``RayActorError``.
         Exception
-            From the generator: what *tasks* raised, as it is; or what a task raised, with its
-            arguments, and with the text of the worker's traceback as its cause (unless there is
-            one worker). If a worker dies, the error of the engine: of loky a
-            `concurrent.futures.BrokenExecutor`, of Dask a ``KilledWorker``, of Ray a
-            ``RayActorError``.
-
-        Notes
-        -----
-        These hold on every joblib backend, but for what is said below.
-
-        *The caller's thread.* *tasks* is advanced only inside ``next()``, in the thread that calls
-        it. A database cursor, a context variable or another run can feed it.
-
-        *Bounded.* At most *pre_dispatch* batches, and as many more as there are workers, have been
-        drawn beyond the results handed out, however slow the consumer. With ``batch_size=1`` and a
-        small *pre_dispatch* that is close enough for tasks that depend on earlier results.
-
-        *Nothing is lost.* Whatever results were received before an error are handed out first.
-
-        *Composable.* Runs can be chained, interleaved, overlapped and started inside a task.
-
-        *Independent.* A run that fails, times out or is closed does not disturb another run.
-
-        *Ends cleanly.* Leaving a run, in any way, drops what is queued, stops the workers that are
-        busy with it, and prints and warns of nothing. So does leaving the interpreter with a run
-        open.
-
-        *No hang.* A worker process that dies is an error.
-
-        *Self-contained.* Nothing of this module is sent to workers. They import it only if the
-        module of *task_func* does.
-
-        Not promised:
-
-        - loky has one pool of workers for a process. While one run has work in it, another run that
-          starts shares the pool as it is, with the number of workers and the memory-mapping
-          options of the first. Of a run that is left then, queued tasks are dropped, but running
-          ones go on until the other runs have ended; if they are stuck, only a *timeout* of the
-          others ends the wait. A worker that dies, or something that cannot be unpickled, is an
-          error in every run that has work in the pool.
-        - Whoever else uses loky through `joblib.Parallel` shares the pool, too: its failure is an
-          error here, and the other way round. When the main thread has ended, the pool takes no
-          more tasks.
-        - Threads cannot be stopped: what they are busy with goes on in the background. The same is
-          true of Dask's workers, which are threads.
-        - `multiprocessing.Pool` does not tell that a worker died, or that something could not be
-          unpickled: only *timeout* ends the wait. An interrupt while it starts may leave workers.
-        - Results of a batch arrive together: of a batch with a task that fails, there are none.
-        - An error of *tasks* that is no `Exception`, such as `KeyboardInterrupt`, is raised at
-          once.
+            From the generator: what *tasks* raised, as it is; or what a task raised, with
+            the text of the worker's traceback as its cause. If it cannot be pickled, it
+            is put together again without its ``__init__``, or else is a `RuntimeError`
+            that shows it, as a `StopIteration` always is.
         """
-        run = _Run(task_func, _checked_call(task_func, tasks), num_workers, kwargs)
-        return run.results()
+        source = _Source(task_func, _checked_call(task_func, tasks))
+        return _results(_Run(num_workers, kwargs), source)
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
-        """Do nothing, which joblib does not need; call it any number of times, or never.
+        """Do nothing, which joblib does not need; may be called at any time, or never.
 
         loky's worker processes stay for the next run, and leave when idle for 300 seconds.
 
@@ -429,11 +433,13 @@ def get_backend(backend_name: str) -> DistributedBackend:
         return SingleProcess()
     if backend_name == "joblib":
         return Joblib()
-    raise ValueError(f"backend_name must be 'single_process' or 'joblib', got {backend_name!r}")
+    message = f"backend_name must be 'single_process' or 'joblib', got {backend_name!r}"
+    raise ValueError(message)
 
 
-# ------------------------------------------------------------------------------------------------
-# Arguments: all that is wrong with them is said when `setup` is called.
+# --------------------------------------------------------------------------------------
+# Arguments: all that is wrong with them is said when `setup` is called. What joblib says
+# clearly by itself, when its Parallel is made, is left to it.
 
 
 def _checked_call(task_func: Callable[[T], R], tasks: Iterable[T]) -> Iterator[T]:
@@ -446,57 +452,43 @@ def _checked_call(task_func: Callable[[T], R], tasks: Iterable[T]) -> Iterator[T
         raise TypeError(f"tasks must be iterable, got {tasks!r}") from error
 
 
-def _checked_num_workers(num_workers: int | None) -> int | None:
+def _checked_num_workers(num_workers: int | None) -> int:
     if num_workers is None:
-        return None
+        configured = joblib.parallel.get_active_backend()[1]
+        return -1 if configured is None else configured
     try:
         count = operator.index(num_workers)
     except TypeError:
-        raise TypeError(f"num_workers must be an integer or None, got {num_workers!r}") from None
+        message = f"num_workers must be an integer or None, got {num_workers!r}"
+        raise TypeError(message) from None
     if count == 0:
-        raise ValueError("num_workers must not be 0: use -1 for all cores, or 1, 2, ...")
+        raise ValueError(
+            "num_workers must not be 0: use -1 for all cores, or 1, 2, ..."
+        )
     return count
 
 
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, numbers.Integral) and int(value) >= least
-
-
 def _is_number(value: Any, least: float) -> bool:
-    try:
-        return isinstance(value, numbers.Real) and float(value) >= least
-    except OverflowError:
-        return False
-
-
-def _check_formula(formula: str, n_jobs: int) -> None:
-    """Raise an error if joblib can make no number of batches of *formula*."""
-    workers = n_jobs if n_jobs > 1 else 64  # as many as that, if it is not known
-    try:
-        batches = int(joblib.parallel.eval_expr(formula.replace("n_jobs", str(workers))))
-    except (ArithmeticError, TypeError, ValueError) as error:
-        message = f"pre_dispatch must be 'all', a number or a formula, got {formula!r}"
-        raise ValueError(message) from error
-    if batches < 1:
-        raise ValueError(f"pre_dispatch must come to 1 or more, got {formula!r}")
+    return isinstance(value, numbers.Real) and bool(value >= least)
 
 
 # What joblib would notice late, or not at all, or report without naming the option.
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "batch_size": (
-        "'auto' or a positive integer",
-        lambda value: value == "auto" or _is_integer(value, least=1),
-    ),
     "idle_worker_timeout": (
         "a positive number of seconds or None",
         lambda value: value is None or _is_number(value, least=0.001),
+    ),
+    "initargs": ("a tuple", lambda value: isinstance(value, tuple)),
+    "initializer": (
+        "callable or None",
+        lambda value: value is None or callable(value),
     ),
     "max_nbytes": (
         "a number of bytes, a string such as '1M', or None",
         lambda value: (
             value is None
             or _is_number(value, least=0)
-            or (isinstance(value, str) and re.fullmatch(r"\d*\.?\d+[KMG]", value) is not None)
+            or (isinstance(value, str) and re.fullmatch(r"\d*\.?\d+[KMG]", value))
         ),
     ),
     "mmap_mode": (
@@ -505,7 +497,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "pre_dispatch": (
         "'all', a positive integer or a formula such as '2 * n_jobs'",
-        lambda value: isinstance(value, str) or _is_integer(value, least=1),
+        lambda value: (
+            isinstance(value, str)
+            or (isinstance(value, numbers.Integral) and _is_number(value, least=1))
+        ),
     ),
     "return_as": (
         "'generator_unordered' or 'generator'",
@@ -523,37 +518,64 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+def _check_formula(formula: str, n_jobs: int) -> None:
+    """Raise an error if joblib can make no number of batches of *formula*."""
+    workers = n_jobs if n_jobs > 1 else 64  # as many as that, if it is not known
+    try:
+        value = joblib.parallel.eval_expr(formula.replace("n_jobs", str(workers)))
+        batches = int(value)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        message = f"pre_dispatch must be 'all', a number or a formula, got {formula!r}"
+        raise ValueError(message) from error
+    if batches < 1:
+        raise ValueError(f"pre_dispatch must come to 1 or more, got {formula!r}")
+
+
 @functools.cache  # to look at signatures is slow
-def _known_options(kind: Any) -> frozenset[str]:
-    """Return the names of joblib's options, and of those that a class of backends takes itself."""
-    takers = (joblib.Parallel, kind.configure)
-    return frozenset(
-        parameter.name
-        for taker in takers
-        for parameter in inspect.signature(taker).parameters.values()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ) - {"self", "n_jobs", "parallel"}
+def _option_names(kind: Any, mixin: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of what `joblib.Parallel` takes for a backend, and of what it
+    takes as an argument of its constructor.
+    """
+
+    def names(function: Any) -> set[str]:
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+
+    taken = names(joblib.Parallel) | names(kind.configure) | mixin.more_options
+    makers = (vars(base).get("__init__", object) for base in kind.__mro__[:-1])
+    made_with = set().union(*map(names, makers))
+    internal = {"self", "n_jobs", "parallel", "nesting_level", "args", "kwargs"}
+    return frozenset(taken - internal), frozenset(made_with - taken - internal)
 
 
 def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
     """Raise an error if one of *options* is unknown, or known to be bad."""
     if "n_jobs" in options:
-        raise TypeError(f"n_jobs={options['n_jobs']!r} is not an option: use num_workers")
-    kind: Any = type(backend)
-    known = _known_options(kind)
+        raise TypeError(
+            f"n_jobs={options['n_jobs']!r} is not an option: use num_workers"
+        )
+    known, for_constructor = _option_names(type(backend), _mixin_for(backend))
     for name, value in options.items():
+        if name in for_constructor:
+            raise TypeError(
+                f"{name}={value!r} is not an option of setup: put it into "
+                f"joblib.parallel_config(backend=..., {name}=...) around the call"
+            )
         if name not in known:
             expected = ", ".join(map(repr, sorted(known)))
-            raise TypeError(f"unknown option {name}={value!r}: expected one of {expected}")
-        if name in _CHECKS:
-            expected, is_valid = _CHECKS[name]
-            if not is_valid(value):
-                raise ValueError(f"{name} must be {expected}, got {value!r}")
+            raise TypeError(
+                f"unknown option {name}={value!r}: expected one of {expected}"
+            )
+        expected, is_valid = _CHECKS.get(name, ("", lambda value: True))
+        if not is_valid(value):
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
     formula = options.get("pre_dispatch", "all")
     if isinstance(formula, str) and formula != "all":
         _check_formula(formula, n_jobs)
-    if options.get("require") == "sharedmem" and not getattr(backend, "supports_sharedmem", False):
-        raise ValueError(f"require='sharedmem' is more than {kind.__name__} can do")
+    shares_memory = getattr(backend, "supports_sharedmem", False)
+    if options.get("require") == "sharedmem" and not shares_memory:
+        kind = type(backend).__name__
+        raise ValueError(f"require='sharedmem' is more than {kind} can do")
 
 
 def _chosen_backend(backend: Any, hints: dict[str, Any]) -> Any:
@@ -574,7 +596,8 @@ def _chosen_backend(backend: Any, hints: dict[str, Any]) -> Any:
     }
     if not isinstance(backend, str) or backend not in names:
         expected = ", ".join(map(repr, sorted(names)))
-        raise ValueError(f"backend must be an instance or one of {expected}, got {backend!r}")
+        message = f"backend must be an instance or one of {expected}, got {backend!r}"
+        raise ValueError(message)
     active = joblib.parallel.get_active_backend()[0]
     if type(active) is joblib.parallel.BACKENDS.get(backend):
         return active  # with the options of the caller's parallel_config
@@ -586,12 +609,13 @@ def _require_dask() -> None:
     try:
         package = importlib.import_module("distributed")
     except ImportError as error:
-        message = "backend='dask' needs Dask: install it with pip install 'dask[distributed]'"
-        raise ImportError(message) from error
+        message = "install it with pip install 'dask[distributed]'"
+        raise ImportError(f"backend='dask' needs Dask: {message}") from error
     if not hasattr(package, "Client"):
         raise ImportError(
-            f"backend='dask' needs Dask's package 'distributed', which {package.__file__} hides, "
-            "since it is a top-level module of the same name: move that file into a package"
+            f"backend='dask' needs Dask's package 'distributed', which {package.__file__} "
+            "hides, since it is a top-level module of the same name: move that file into "
+            "a package"
         )
 
 
@@ -604,100 +628,80 @@ def _register_ray() -> None:
     ray.register_ray()
 
 
-# ------------------------------------------------------------------------------------------------
-# Running tasks.
-#
-# joblib hands every batch of tasks to its backend together with a callback, which the backend runs
-# in a thread of its own when the batch has completed. In that callback lies the whole of joblib's
-# scheduling: it takes the results, then draws, batches and submits the next tasks. Here, the
-# backend's thread only puts a report into an _Inbox. The consumer's thread takes it out when it is
-# asked for the next result, and runs the callback itself. joblib stays the scheduler, but all that
-# it does is done in the consumer's thread, one step at a time (_Run).
-#
-# Of joblib this uses what backends of third parties are written against (joblib.parallel, the
-# methods and attributes of backends, BatchedCalls.items) and, of joblib's Dask backend, the futures
-# it waits for and the data it has scattered. All that has been the same from joblib 1.5.0 to 1.6.0.
-#
-# A joblib backend is made to work like that by a subclass (_ConsumerDriven). Some need more, each
-# for a reason of its own (_ConsumerDrivenLoky, _ConsumerDrivenPool, _ConsumerDrivenDask).
+# --------------------------------------------------------------------------------------
+# What workers are sent.
 
 
-def _one_by_one(task_func: Callable[[T], R], tasks: Iterator[T]) -> Generator[R, None, None]:
-    for task in tasks:
-        yield task_func(task)  # not map(), which would take a StopIteration for the end
+def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]:
+    """Return the function that runs a batch in a worker.
 
-
-def _batch_runner(pack_errors: bool) -> Callable[..., tuple[list[Any], Any]]:
-    """Return the function that workers call: the only thing of this module that is sent to them.
-
-    It travels by value, so it must not refer to anything of this module: it imports what it needs.
+    It travels by value, so it refers to nothing of this module and imports what it needs.
     """
 
     def run_batch(task_func: Any, *tasks: Any) -> tuple[list[Any], Any]:
-        """Return the results, and the error of the task that ended the batch, if one did."""
+        """Return the results, and the error of the task that ended the batch, if any."""
         results: list[Any] = []
         try:
             for task in tasks:
                 results.append(task_func(task))
         except Exception as error:
-            return results, pack(error) if pack_errors else error
+            return results, pack(error) if packs_errors else error
         return results, None
 
     def pack(error: Exception) -> tuple[bytes | None, str, str]:
-        """Return *error* pickled in a form that survives, its summary, and its traceback."""
+        """Return *error* pickled in a form that survives, its summary, its traceback."""
+        import contextlib
         import pickle
         import traceback
 
         import joblib
 
-        def dump_by_value(value: Any) -> bytes:
-            _, (data,) = joblib.wrap_non_picklable_objects(value, keep_wrapper=False).__reduce__()
-            return data  # type: ignore[no-any-return]
+        def dump_by_value(value: Any) -> Any:
+            wrapper = joblib.wrap_non_picklable_objects(value, keep_wrapper=False)
+            return wrapper.__reduce__()[1][0]
 
-        summary = "".join(traceback.format_exception_only(type(error), error)).strip()
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        # Many a class cannot be called with the `args` that it gave to its base. Then what the
-        # built-in class underneath knows of the error is sent instead.
-        kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
-        for form in (error, (kind, *kind.__reduce__(error))):
-            # By reference first: by value, a class may turn into another one of the same name.
+        kind = type(error)
+        summary = "".join(traceback.format_exception_only(kind, error)).strip()
+        text = "".join(traceback.format_exception(kind, error, error.__traceback__))
+        # Many a class cannot be called with the `args` that it has passed to its base, as
+        # pickle would. What the built-in class underneath knows is sent instead, then.
+        builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+        for form in (error, (builtin, *builtin.__reduce__(error))):
+            # By value, a class may arrive as another one of the same name.
             for dump in (pickle.dumps, dump_by_value):
-                try:
+                with contextlib.suppress(Exception):
                     data = dump(form)
                     copy = pickle.loads(data)
                     if form is not error or repr(copy.args) == repr(error.args):
                         return data, summary, text
-                except Exception:
-                    continue
         return None, summary, text
 
     return run_batch
 
 
 def _unpacked_error(data: bytes | None, summary: str, text: str) -> BaseException:
-    """Return the error that a worker has packed, with the worker's traceback as its cause."""
+    """Return an error that a worker has packed, with the text of its traceback."""
     error: BaseException
     try:
-        if data is None:
-            raise pickle.PicklingError
-        form = pickle.loads(data)
+        form = pickle.loads(data or b"")
         error = form if isinstance(form, BaseException) else _rebuilt_error(*form)
     except Exception:
-        error = RuntimeError(f"a task raised an exception that cannot be pickled: {summary}")
+        message = f"a task raised an exception that cannot be pickled: {summary}"
+        error = RuntimeError(message)
     error.__cause__ = multiprocessing.pool.RemoteTraceback(f'\n"""\n{text}"""')
     return error
 
 
-def _rebuilt_error(kind: Any, cls: Any, args: Any, state: Any = None) -> BaseException:
-    """Put an error together as its built-in base class *kind* does, without its own __init__."""
-    error: BaseException = kind.__new__(cls, *args)
-    kind.__init__(error, *args)
-    kind.__setstate__(error, state)
+def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any:
+    """Make an error of class *kind* by the methods of its built-in base class alone."""
+    error = builtin.__new__(kind, *args)
+    builtin.__init__(error, *args)
+    builtin.__setstate__(error, state)
     return error
 
 
 class _SentByValue:
-    """A function that is pickled by value, and only once, since that is slow."""
+    """A function that pickles by value on every backend, and only once, which is slow."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -706,51 +710,158 @@ class _SentByValue:
         return self.function(*args)
 
     def __reduce__(self) -> Any:
-        return self._reduced
+        return self.reduced
 
     @functools.cached_property
-    def _reduced(self) -> Any:
-        return joblib.wrap_non_picklable_objects(self.function, keep_wrapper=False).__reduce__()
+    def reduced(self) -> Any:
+        wrap = joblib.wrap_non_picklable_objects
+        return wrap(self.function, keep_wrapper=False).__reduce__()
 
 
-_RUN_BATCH = _SentByValue(_batch_runner(pack_errors=True))
-_RUN_BATCH_IN_THREAD = _SentByValue(_batch_runner(pack_errors=False))
+_RUN_BATCH = _SentByValue(_batch_runner(packs_errors=True))
+_RUN_BATCH_IN_THREAD = _SentByValue(_batch_runner(packs_errors=False))
+
+
+# --------------------------------------------------------------------------------------
+# Running tasks.
+#
+#   the consumer's thread                            threads of the   worker processes
+#                                                    backend          or threads
+#   +----------------------------------------+
+#   | for result in results:                 |
+#   |                                        |
+#   | _results()  --- hands out the results  |
+#   |    |                                   |
+#   |    | next_batch()     +--------------+ |  report   +-----------+ results
+#   |    +<-----------------|   _Inbox     |<------------|           |<---------+
+#   |    |                  +--------------+ |           |           |          |
+#   |    | advance()                         |           | loky's,   |   run_batch(
+#   |    v                                   |           | a Pool's, |     task_func,
+#   | joblib.Parallel <--- _Source (tasks)   |           | Dask's    |     *tasks)
+#   |    |                                   |           |           |          ^
+#   |    v submit()                          |           |           |          |
+#   | _ConsumerDriven (a joblib backend) ----|---------->|           |----------+
+#   +----------------------------------------+  a batch  +-----------+ tasks
+#
+#   a thread that ends a run: _Run.end() -> clean_up() of the backend
+#
+# joblib draws tasks, puts them into a batch and submits it to its backend, together with
+# a callback. The backend (_ConsumerDriven) makes one call of the batch, `run_batch`, and
+# hands it to the engine together with a callback of its own: all that this one does, in
+# a thread of the engine, is to put what has become of the batch into the _Inbox. The
+# consumer, when asked for the next result, takes it out and hands the results on. Only
+# when they are all out it runs joblib's callback, in which lies the whole of joblib's
+# scheduling: it draws, batches and submits the next tasks.
+#
+# So joblib stays the scheduler, but everything that it does is done in the consumer's
+# thread, one step at a time; that makes runs bounded, composable and lossless. However a
+# run is left, what it has started is ended in a thread of its own (_Run.end).
+#
+# Of joblib this uses what backends of third parties are written against (joblib.parallel,
+# the methods and attributes of backends, BatchedCalls.items) and, of joblib's Dask
+# backend, the futures it waits for and the data it has scattered. All that has been the
+# same from joblib 1.5.0 to 1.6.0.
 
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
-    """No task completed in time. joblib's users catch the one, everybody else the other."""
+    """No task completed in time. joblib's users catch the one, others the other."""
 
 
 class _OneWorker(Exception):
-    """Raised by a backend that has one worker only: tasks can as well run in this process."""
+    """Raised by a backend that would have one worker: this process can do its work."""
 
 
 class _RunEnded(BaseException):
-    """Thrown into joblib's generator to end it: unlike close(), that makes it warn of nothing."""
+    """Thrown into joblib's generator to end it: close() would make it warn."""
 
 
 class _Failure:
-    """The outcome of a batch which ended in a way that the backend itself does not report."""
+    """In place of what a backend reports of a batch: an error, to be raised in turn."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
-# Of tasks that take no time, joblib would send 100,000 and more at once. So many gain nothing, but
-# all that are out have to be kept in memory.
+# Of tasks that take no time, joblib would send 100,000 and more at once. So many gain
+# nothing, but all that are out have to be kept in memory.
 _LARGEST_BATCH = 8192
 
-# On Windows, Ctrl-C does not interrupt a wait.
-_LONGEST_WAIT = 0.1 if sys.platform == "win32" else threading.TIMEOUT_MAX
+# Seconds after which a wait looks whether there is still something to wait for. It is
+# also how long a Ctrl-C may have to wait on Windows, where it interrupts no lock.
+_WAIT_SLICE = 0.5
+
+
+def _one_by_one(
+    task_func: Callable[[T], R], tasks: Iterator[T]
+) -> Generator[R, None, None]:
+    """Yield results as `map` would, which would take a StopIteration for the end."""
+    for task in tasks:
+        yield task_func(task)
+
+
+class _Source:
+    """The function and the tasks of a run.
+
+    Only the run's generator refers to it: what joblib or an engine keeps while workers
+    are busy does not. Otherwise a run that its own tasks refer to would never be
+    collected.
+    """
+
+    def __init__(self, task_func: Callable[[Any], Any], tasks: Iterator[Any]) -> None:
+        self.task_func = task_func
+        self.tasks = tasks
+        self.error: Exception | None = None
+        self.is_exhausted = False
+
+    def draw(self) -> Generator[Any, None, None]:
+        """Yield the tasks. Keep back their error, for which joblib drops results."""
+        try:
+            yield from itertools.chain(self.tasks)  # not to be closed along with this
+        except Exception as error:
+            self.error = error
+        self.is_exhausted = True
+
+
+def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
+    """Yield the results of a run: what `Joblib.setup` returns."""
+    tasks = source.draw()
+    # Also if an interrupt keeps this from reaching its end.
+    end = weakref.finalize(tasks, run.end)
+    end.atexit = False  # _end_open_runs does that
+    try:
+        if not run.start(source, tasks):
+            yield from run.one_by_one(source)
+            return
+        with run.backend.waiting():
+            while run.inbox.expected:
+                callback, results, error = run.next_batch()
+                while results:
+                    yield results.pop()  # hold on to none that has been handed out
+                if error is not None:
+                    try:
+                        raise error
+                    finally:
+                        del error  # its traceback refers to this frame
+                # Not before: tasks may be slow to draw, or depend on those results.
+                run.advance(callback)
+        if source.error is not None:
+            raise source.error
+        if not source.is_exhausted:
+            # Nothing was drawn at first, with as few workers as there turned out to be.
+            raise ValueError(f"pre_dispatch={run.parallel.pre_dispatch!r} comes to 0")
+    finally:
+        source.error = None  # its traceback refers to this frame
+        end()
+        tasks.close()  # lets go of the tasks
 
 
 class _Inbox:
     """What is known of the batches of a run that are out.
 
-    It belongs to the consumer's thread, but for the reports, which come from those of the backend.
+    It belongs to the consumer's thread, but for the reports, which come from others.
     """
 
-    def __init__(self, ordered: bool) -> None:
+    def __init__(self, *, ordered: bool) -> None:
         self.ordered = ordered
         self.expected: dict[int, Callable[[Any], None]] = {}  # joblib's callbacks
         self.numbers = itertools.count()
@@ -759,50 +870,50 @@ class _Inbox:
         self.reports: queue.SimpleQueue[tuple[int | None, Any]] = queue.SimpleQueue()
 
     def expect(self, callback: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Return the callback to give to the backend, in place of joblib's."""
+        """Return the callback to give to the engine, in place of joblib's."""
         number, put = next(self.numbers), self.reports.put
         self.expected[number] = callback
-        return lambda outcome: put((number, outcome))  # refers to no more: see _Run
+        return lambda outcome: put((number, outcome))  # refers to no more: see _Source
 
     def fail(self, error: BaseException) -> None:
-        """Report an error that no batch is known to have caused."""
+        """Report an error that no batch is known to have caused. Any thread may do so."""
         self.reports.put((None, _Failure(error)))
 
-    def take(self, timeout: float | None) -> tuple[Callable[[Any], None], Any]:
-        """Return joblib's callback for the next batch to complete, and the outcome of the batch."""
-        number, outcome = self._next_report(timeout)
-        if number is None:
-            return _ignore, outcome
-        return self.expected.pop(number), outcome
-
-    def count_running(self) -> int:
-        return len(self.expected) - len(self.early) - self.reports.qsize()
-
-    def _next_report(self, timeout: float | None) -> tuple[int | None, Any]:
-        if not self.ordered:
-            return self._wait(timeout)
-        while self.next_number not in self.early:
-            number, outcome = self._wait(timeout)
+    def take(
+        self, timeout: float | None, fault: Callable[[], Exception | None]
+    ) -> tuple[Callable[[Any], None], Any]:
+        """Return joblib's callback for the next batch to complete, and its outcome."""
+        number: int | None = self.next_number
+        while not self.ordered or number not in self.early:
+            number, outcome = self._wait(timeout, fault)
             if number is None:
-                return number, outcome
-            self.early[number] = outcome
-        number = self.next_number
+                return _ignore, outcome
+            if not self.ordered:
+                return self.expected.pop(number), outcome
+            self.early[number], number = outcome, self.next_number
         self.next_number += 1
-        return number, self.early.pop(number)
+        return self.expected.pop(number), self.early.pop(number)
 
-    def _wait(self, timeout: float | None) -> tuple[int | None, Any]:
+    def _wait(
+        self, timeout: float | None, fault: Callable[[], Exception | None]
+    ) -> tuple[int | None, Any]:
+        """Return the next report, or raise an error if none can be expected."""
         deadline = math.inf if timeout is None else time.monotonic() + min(timeout, 1e9)
+        error: Exception | None = None
         while True:
             left = deadline - time.monotonic()
             try:
                 if left <= 0:
                     return self.reports.get_nowait()
-                # Python 3.10 may wait for ever if the time is over before it has begun to wait.
-                return self.reports.get(timeout=min(max(left, 0.01), _LONGEST_WAIT))
+                # Python 3.10 may wait for ever for what is over before it has begun.
+                return self.reports.get(timeout=min(max(left, 0.01), _WAIT_SLICE))
             except queue.Empty:
-                if left <= _LONGEST_WAIT:
-                    message = f"no task has completed within the timeout of {timeout!r} seconds"
-                    raise _TaskTimeoutError(message) from None
+                if left <= _WAIT_SLICE:
+                    message = f"no task has completed within the timeout of {timeout!r}"
+                    raise _TaskTimeoutError(f"{message} seconds") from None
+            if error is not None and fault() is not None:
+                raise error  # it stays, and its last reports had time to arrive
+            error = fault()
 
 
 def _ignore(outcome: Any) -> None:
@@ -810,238 +921,291 @@ def _ignore(outcome: Any) -> None:
 
 
 class _Run:
-    """One call of `Joblib.setup`.
+    """One call of `Joblib.setup`, but for its function and its tasks (see _Source).
 
-    Only its generator refers to it: not joblib, and nothing that loky refers to while workers are
-    busy. Otherwise a generator that its own tasks refer to would never be collected.
+    Methods are for the consumer's thread. Any thread may call `end`.
     """
 
-    def __init__(
-        self,
-        task_func: Callable[[Any], Any],
-        tasks: Iterator[Any],
-        num_workers: int | None,
-        options: dict[str, Any],
-    ) -> None:
+    def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
         n_jobs = _checked_num_workers(num_workers)
-        if n_jobs is None:
-            configured = joblib.parallel.get_active_backend()[1]
-            n_jobs = -1 if configured is None else configured
         options = dict(options)
-        hints = {name: value for name, value in options.items() if name in ("prefer", "require")}
+        hints = {
+            name: options[name] for name in ("prefer", "require") if name in options
+        }
         backend = _chosen_backend(options.pop("backend", None), hints)
         _check_options(options, backend, n_jobs)
         self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
         self.timeout: float | None = options.pop("timeout", None)
-        self.backend = _consumer_driven(backend, self.inbox, task_func)
+        self.backend = _consumer_driven(backend, self.inbox)
         self.parallel = joblib.Parallel(
-            n_jobs=n_jobs, backend=self.backend, return_as="generator_unordered", **options
+            n_jobs=n_jobs,
+            backend=self.backend,
+            return_as="generator_unordered",
+            **options,
         )
-        self.task_func = task_func
-        self.tasks = tasks
-        self.tasks_error: Exception | None = None
-        self.exhausted = False
-        self.ended = threading.Event()
-        self.reader: threading.Thread
-        self.drawn: Generator[Any, None, None]
+        # joblib's generator. As long as _open_runs refers to it, the garbage collector
+        # cannot close it, which would make it warn.
         self.output: Generator[Any, None, None] | None = None
+        self.reader: threading.Thread | None = None
+        self.is_at_work = False
+        self.is_ending = threading.Lock()  # once locked, never unlocked
+        self.ended = threading.Event()
+        self.ended.set()
 
-    def results(self) -> Generator[Any, None, None]:
-        """Yield the results, advancing joblib as they are asked for."""
-        self.reader = threading.current_thread()
-        self.drawn = self._draw()
-        _open_runs[id(self)] = weakref.ref(self)
-        _end_open_runs_at_exit()
-        try:
+    def start(self, source: _Source, tasks: Generator[Any, None, None]) -> bool:
+        """Let joblib draw and submit the first tasks, if there are workers for them."""
+        self.backend.source = weakref.ref(source)
+        with self.working():
+            self.ended.clear()
+            _open_runs.add(self)
+            _end_open_runs_at_exit()
+            # joblib keeps this iterator, which must not refer to the tasks.
+            drawn = map(next, itertools.repeat(weakref.proxy(tasks)))
             try:
-                self.output = self.parallel(self._tasks())
+                self.output = self.parallel(drawn)
             except _OneWorker:
-                yield from self._one_by_one()
-                return
-            with self.backend.waiting():
-                while self.inbox.expected:
-                    self.reader = threading.current_thread()
-                    callback, results, error = self._next_batch()
-                    while results:
-                        yield results.pop()  # hold on to none that has been handed out
-                    if error is not None:
-                        try:
-                            raise error
-                        finally:
-                            del error  # its traceback refers to this frame
-                    self.reader = threading.current_thread()
-                    # Not before: tasks may be slow to draw, or depend on those results.
-                    callback(None)
-                    next(self.output, None)
-            if self.tasks_error is not None:
-                raise self.tasks_error
-            if not self.exhausted:
-                # Nothing was drawn at first, with as few workers as there turned out to be.
-                raise ValueError(f"pre_dispatch={self.parallel.pre_dispatch!r} comes to 0")
-        finally:
-            self.tasks_error = None  # its traceback refers to this frame
-            try:
-                self.end()
-            finally:
-                _open_runs.pop(id(self), None)
+                _open_runs.discard(self)
                 self.ended.set()
+        return not self.ended.is_set()
 
-    def _draw(self) -> Generator[Any, None, None]:
-        """Yield the tasks. Keep back an error of theirs, for which joblib would drop results."""
-        try:
-            yield from itertools.chain(self.tasks)  # not to be closed along with this
-        except Exception as error:
-            self.tasks_error = error
-        self.exhausted = True
-
-    def _tasks(self) -> Iterator[Any]:
-        # joblib keeps this iterator, which must not refer to the run; iter() of a proxy would.
-        return map(next, itertools.repeat(weakref.proxy(self.drawn)))
-
-    def _one_by_one(self) -> Iterator[Any]:
-        if not self.parallel.verbose:
-            return _one_by_one(self.task_func, self.tasks)
+    def one_by_one(self, source: _Source) -> Iterator[Any]:
+        """Return the results as one worker makes them."""
+        verbose = self.parallel.verbose
+        if not verbose:
+            return _one_by_one(source.task_func, source.tasks)
         # joblib does the same, and prints how far it is.
         run = joblib.Parallel(
-            n_jobs=1, backend="sequential", return_as="generator", verbose=self.parallel.verbose
+            backend="sequential", return_as="generator", verbose=verbose
         )
-        call = joblib.delayed(self.task_func)
-        return run(call(task) for task in self.tasks)  # type: ignore[no-any-return]
+        call = joblib.delayed(source.task_func)
+        results: Iterator[Any] = run(call(task) for task in source.tasks)
+        return results
 
-    def _next_batch(self) -> tuple[Callable[[Any], None], list[Any], BaseException | None]:
-        callback, outcome = self.inbox.take(self.timeout)
+    def next_batch(
+        self,
+    ) -> tuple[Callable[[Any], None], list[Any], BaseException | None]:
+        """Wait for a batch. Return joblib's callback, the results (reversed), an error."""
+        if self.backend.process != os.getpid():
+            raise RuntimeError(
+                "a run cannot be read in a fork of the process it is from"
+            )
+        self.reader = threading.current_thread()
+        callback, outcome = self.inbox.take(self.timeout, self.backend.fault)
         try:
             results, error = self.backend.results_of(outcome)
         except BaseException as error:
-            # Its traceback leads to the outcome, and if that leads to the error they stay for long.
+            # Its traceback leads to the outcome. If that leads to it, they stay for long.
             raise error.with_traceback(None) from error.__cause__
         if isinstance(error, tuple):
             error = _unpacked_error(*error)
         results.reverse()
         return callback, results, error
 
-    def end(self) -> None:
-        output = self.output
+    def advance(self, callback: Callable[[Any], None]) -> None:
+        """Let joblib act on the completion of a batch."""
+        with self.working():
+            callback(None)
+            if self.output is not None:
+                next(self.output, None)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Surround what the consumer's thread does with joblib and the engine."""
+        self.reader, self.is_at_work = threading.current_thread(), True
         try:
-            if output is None or inspect.getgeneratorstate(output) == inspect.GEN_CLOSED:
-                pass
-            elif threading.current_thread() is self.reader:
-                _end_joblib(output)
-            else:
-                # The garbage collector may have interrupted a thread that must go on for the run
-                # to end.
-                _call_in_thread(functools.partial(_end_joblib, output))
+            yield
+        except BaseException:
+            self.backend.was_interrupted = True
+            raise
         finally:
-            self.drawn.close()  # lets go of this run, and so of the tasks
+            self.is_at_work = False
+
+    def end(self) -> None:
+        """End the run, and wait for that if it is this thread's. May be repeated.
+
+        It is done in another thread, where no signal handler interrupts it, and which can
+        wait for whatever this one may hold: the garbage collector may call this anywhere,
+        even in the middle of another run's submission.
+        """
+        if self.ended.is_set() or self.backend.process != os.getpid():
+            return
+        if self.is_ending.acquire(blocking=False):
+            _call_in_thread(self.clean_up)
+        me = threading.current_thread()
+        is_busy = any(run.is_at_work and run.reader is me for run in list(_open_runs))
+        if self.reader is me and not is_busy:
+            self.ended.wait(timeout=10)
+
+    def clean_up(self) -> None:
+        """Close joblib's generator, stop the workers."""
+        try:
+            if self.output is not None:
+                # A ValueError: a daemon thread reads it, as the interpreter exits.
+                with contextlib.suppress(_RunEnded, ValueError):
+                    self.output.throw(_RunEnded())
+            self.backend.clean_up()
+        finally:
+            _open_runs.discard(self)
+            self.ended.set()
 
 
-def _end_joblib(output: Generator[Any, None, None]) -> None:
-    with contextlib.suppress(_RunEnded):
-        output.throw(_RunEnded())
+# --------------------------------------------------------------------------------------
+# Ending runs.
+#
+# A run stands in _open_runs from its start until all that it has started has ended. When
+# the interpreter exits, runs that nobody will read to the end are ended: those that were
+# last read in the main thread, in one that has ended, or in a daemon thread. There are two
+# hooks, since loky waits for running tasks in a hook of `threading`, which comes before
+# those of `atexit`.
+
+_open_runs: set[_Run] = set()
 
 
-def _call_in_thread(function: Callable[[], Any]) -> None:
-    """Call *function*; if it has not returned after 3 seconds, leave it to go on by itself."""
-    if sys.is_finalizing():
-        function()  # a thread would not get to run
-        return
+def _call_in_thread(function: Callable[[], object]) -> threading.Thread | None:
+    """Start *function* in a thread; call it here if no thread can be started any more."""
     thread = threading.Thread(target=function, daemon=True)
     try:
-        thread.start()
-    except RuntimeError:
-        function()  # as the interpreter exits, Python 3.12 may refuse to start a thread
-        return
-    thread.join(timeout=3)
-
-
-_open_runs: dict[int, weakref.ref[_Run]] = {}  # by id(); any thread may add one at any time
+        if not sys.is_finalizing():
+            thread.start()
+            return thread
+    except RuntimeError:  # a limit is reached, or the interpreter exits
+        pass
+    function()
+    return None
 
 
 def _end_open_runs() -> None:
     """End the runs that nobody will read to the end, as the interpreter exits."""
-    for reference in list(_open_runs.values()):
-        run = reference()
-        if run is None or run.backend.process != os.getpid():
-            continue  # it is gone, or that of a parent of this fork
-        if run.reader is threading.main_thread() or not run.reader.is_alive():
-            # Whoever reads on, in a hook that comes later, must not take this for the end.
-            run.inbox.fail(RuntimeError("the run was ended, since the interpreter exits"))
-            with contextlib.suppress(ValueError):  # a daemon thread is just doing the same
-                run.end()
-        elif run.reader.daemon:
+    for run in list(_open_runs):
+        reader = run.reader
+        if reader is None or run.backend.process != os.getpid():
+            continue  # the latter is that of a parent of this fork
+        if reader is threading.main_thread() or not reader.is_alive():
+            # Whoever reads on, in a hook that comes later, must not take it for the end.
+            run.inbox.fail(
+                RuntimeError("the run was ended, since the interpreter exits")
+            )
+        elif reader.daemon:
             run.inbox.fail(SystemExit())  # which ends a thread in silence
-            run.backend.abort_everything(ensure_ready=False)
-            run.ended.wait(timeout=1)
+        else:
+            continue  # `threading` waits for it
+        run.end()
+        run.ended.wait(timeout=10)
 
 
 @functools.cache
 def _end_open_runs_at_exit() -> None:
-    """See to it, once, that at exit open runs are ended."""
+    """See to it, once, that open runs are ended at exit."""
     atexit.register(_end_open_runs)
 
 
 @functools.cache
 def _end_open_runs_before_loky() -> None:
-    """See to it, once, that at exit open runs are ended before loky waits for running tasks.
+    """See to it, once, that open runs are ended before loky waits for running tasks.
 
-    It waits in a hook of `threading`, which comes before those of `atexit`. The last of these to be
-    registered is the first to run; so this is for when loky has registered its own.
+    The last hook of `threading` to be registered is the first to run; so this is for when
+    loky has registered its own.
     """
-    # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving the
-    # interpreter with a run open takes as long as the tasks that are running.
-    register = getattr(threading, "_register_atexit", atexit.register)
-    register(_end_open_runs)
+    _register_before_exit(_end_open_runs)
 
 
-# joblib ships no types, so to a type checker the base could be anything.
+def _register_before_exit(function: Callable[[], object]) -> None:
+    # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving
+    # the interpreter with a run open takes as long as the tasks that are running.
+    getattr(threading, "_register_atexit", atexit.register)(function)
+
+
+def _spare_parent() -> None:
+    """In a fork, keep what it has inherited from ending the runs of its parent at exit."""
+    if _open_runs or _loky_process is not None:
+        # Private, but multiprocessing (to Python 3.14 at least) does so only in forks of
+        # its own: others would stop its worker processes, or fail to wait for them.
+        getattr(multiprocessing.process, "_children", set()).clear()
+        with contextlib.suppress(RuntimeError):  # the interpreter exits already
+            _register_before_exit(_spare_folders_of_parent)
+
+
+def _spare_folders_of_parent() -> None:
+    """Let a fork not delete the folders of memory-mapped arrays, as joblib would."""
+    name = "register_folder_finalizer.<locals>._cleanup"
+    for function in filter(inspect.isfunction, gc.get_objects()):
+        if function.__qualname__.endswith(name):
+            folder = inspect.getclosurevars(function).nonlocals["pool_subfolder"]
+            if f"_{os.getpid()}_" not in folder:
+                atexit.unregister(function)
+
+
+# --------------------------------------------------------------------------------------
+# joblib's backends, made consumer-driven.
+
+
 class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc, unused-ignore]
-    """Mixed into the class of a joblib backend: lets the consumer act on what it reports."""
+    """Mixed into the class of a joblib backend: lets the consumer act on its reports.
+
+    joblib calls the methods that have no docstring, in the consumer's thread.
+    """
 
     supports_return_generator = True  # some do not, since their callbacks would block
+    more_options: frozenset[str] = frozenset()  # that no signature tells of
     inbox: _Inbox
-    task_func: Callable[[Any], Any]
-    process: int  # in which the workers are to be stopped: not a fork of it
+    source: Callable[[], _Source]  # a weak reference
+    process: int  # whose workers are to be stopped, not those of a fork of it
+    was_interrupted = False  # while the engine was given something to do
     wanted_batch_size: int = 1  # by joblib's own reckoning
-
-    def submit(self, func: Any, callback: Any = None) -> Any:
-        report = self.inbox.expect(callback)
-        # One call a batch: joblib does not look at the items again, and a call for each task would
-        # take several times longer to pickle.
-        in_thread = getattr(self, "supports_sharedmem", False)
-        run_batch = _RUN_BATCH_IN_THREAD if in_thread else _RUN_BATCH
-        func.items = [(run_batch, (self.task_func, *func.items), {})]
-        try:
-            return self.hand_over(func, report)
-        except Exception as error:
-            report(_Failure(error))  # to be raised after the results that came before it
-            return None
-
-    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
-        return super().submit(batch, callback=report)
+    last_duration: float = math.inf
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
         try:
-            workers: int = super().configure(n_jobs=n_jobs, parallel=parallel, **options)
+            workers = super().configure(n_jobs=n_jobs, parallel=parallel, **options)
         except joblib.parallel.FallbackToBackend:
             workers = 1
         if workers == 1:
             raise _OneWorker
-        return workers
+        return int(workers)
+
+    def submit(self, func: Any, callback: Any = None) -> Any:
+        report = self.inbox.expect(callback)
+        # One call a batch: joblib does not look at the items again, and a call a task
+        # takes several times longer to draw, to send and to unpickle.
+        in_thread = getattr(self, "supports_sharedmem", False)
+        run_batch = _RUN_BATCH_IN_THREAD if in_thread else _RUN_BATCH
+        func.items = [(run_batch, (self.source().task_func, *func.items), {})]
+        try:
+            return self.hand_over(func, report)
+        except Exception as error:
+            report(
+                _Failure(error)
+            )  # to be raised after the results that came before it
+            return None
+
+    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
+        """Give a batch to the engine, which is to call *report* when it has completed."""
+        return super().submit(batch, callback=report)
 
     def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
-        """Return what run_batch has returned for a batch, or raise the error of the engine."""
+        """Return what run_batch returned for a batch, or raise the engine's error."""
         if isinstance(outcome, _Failure):
             raise outcome.error
-        (returned,) = super().retrieve_result_callback(outcome)
-        return returned  # type: ignore[no-any-return]
+        ((results, error),) = super().retrieve_result_callback(outcome)
+        return results, error
+
+    def fault(self) -> Exception | None:
+        """Return an error if the engine has died, and will report nothing more."""
+        return None
 
     def retrieve_result_callback(self, out: Any) -> list[None]:
-        # joblib asks for the results in its callback, when they have been handed out. It gets one
-        # item a batch, so that its generator advances by one step a batch.
+        # joblib asks for the results in its callback, when they have been handed out. It
+        # gets one item a batch, so that its generator advances by one step a batch.
         return [None]
 
     def compute_batch_size(self) -> int:
-        self.wanted_batch_size = super().compute_batch_size()
+        before = self.wanted_batch_size
+        size = self.wanted_batch_size = super().compute_batch_size()
+        if size > before and self.last_duration < 0.01:
+            # joblib makes batches twice as large, however short they are. Of those that
+            # take next to no time, it is told how long one of that size would have taken.
+            super().batch_completed(size, self.last_duration * size / before)
+            self.wanted_batch_size = super().compute_batch_size()
         return min(self.wanted_batch_size, _LARGEST_BATCH)
 
     def batch_completed(self, batch_size: int, duration: float) -> None:
@@ -1049,21 +1213,30 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
             # joblib wants to know of a batch of the size that it has asked for.
             duration *= self.wanted_batch_size / batch_size
             batch_size = self.wanted_batch_size
+        self.last_duration = duration
         super().batch_completed(batch_size, duration)
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
-        if self.process == os.getpid():
-            self.abort()
+        pass  # joblib's generator is closed in any thread: clean_up() does it
+
+    def terminate(self) -> None:
+        pass  # likewise
+
+    def clean_up(self) -> None:
+        """Drop what is queued, stop the workers: in the thread that ends the run."""
+        self.abort()
+        self.finish()
 
     def abort(self) -> None:
         super().abort_everything(ensure_ready=False)
 
-    def terminate(self) -> None:
-        if self.process == os.getpid():
-            self.finish()
-
     def finish(self) -> None:
         super().terminate()
+
+    def become(self, original: Any) -> None:
+        """Take over what must not be shared with *original*, of which this is a copy."""
+        if hasattr(self, "reset_batch_stats"):
+            self.reset_batch_stats()  # those of another run
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         """Return what surrounds the wait for results; joblib would enter it too late."""
@@ -1074,177 +1247,423 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         return contextlib.nullcontext()
 
 
-def _wait_while_falling(count: Callable[[], int]) -> None:
-    """Wait until *count* is 0, has not fallen for 50 ms, or 1 s has passed."""
-    lowest, now = count(), time.monotonic()
-    end, limit = now + 0.05, now + 1
-    while lowest > 0 and time.monotonic() < min(end, limit):
-        time.sleep(0.001)
-        if count() < lowest:
-            lowest, end = count(), time.monotonic() + 0.05
+# ---- loky ----------------------------------------------------------------------------
 
 
 class _PoolSettings(NamedTuple):
+    """What a run asks of loky's pool."""
+
     n_jobs: int
+    most_batches: int
     options: dict[str, Any]
     inner_max_num_threads: int | None
     backend_kwargs: dict[str, Any]
 
-    @property
-    def temp_folder(self) -> Any:
-        return self.options.get("temp_folder")
+
+class _LokyPool:
+    """loky's one pool of workers, as the runs of this process share it.
+
+    joblib resizes or replaces the pool for each run that starts, and kills it for each
+    that is left. Here a pool in which another run has work is left as it is.
+
+    Nor does loky ever get more batches than its queue to the workers holds. Its manager
+    thread (loky of joblib 1.5.0 to 1.6.0) dies of a KeyError if the pool is killed while
+    there are others. So the rest is kept here until batches complete.
+
+    All methods are called with the lock held, but for `notice`. loky's manager thread
+    never takes the lock, since whoever kills the pool holds it and waits for that thread.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.settings: _PoolSettings | None = None  # None: there is no pool we know of
+        self.runs: set[_ConsumerDrivenLoky] = set()  # those that have not been ended
+        self.out: dict[Future[Any], _ConsumerDrivenLoky] = {}  # what loky has
+        self.kept: deque[tuple[_ConsumerDrivenLoky, Any, Callable[[Any], None]]] = (
+            deque()
+        )
+        self.feeder: threading.Thread | None = None
+        self.completions: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def unfinished(self) -> dict[Future[Any], _ConsumerDrivenLoky]:
+        self.out = {job: run for job, run in self.out.items() if not job.done()}
+        return self.out
+
+    def busy_runs(self) -> set[_ConsumerDrivenLoky]:
+        """Return the runs that wait for results. What ended runs have left is not theirs."""
+        return self.runs & {
+            *self.unfinished().values(),
+            *(item[0] for item in self.kept),
+        }
+
+    def join(self, run: _ConsumerDrivenLoky) -> None:
+        """Make the pool the one that *run* wants, or let it share that of a busy run."""
+        others = self.busy_runs() - {run}
+        if others:
+            run.settings = next(iter(others)).settings
+        elif self.settings is not None and (
+            # loky would wait for the end of what ended runs have left, and
+            self.unfinished()
+            # joblib does not change the folder of a pool.
+            or self.settings.options.get("temp_folder")
+            != run.settings.options.get("temp_folder")
+        ):
+            self.kill(run)
+        run.use_pool(run.settings)
+        self.settings = run.settings
+
+    def add(
+        self, run: _ConsumerDrivenLoky, batch: Any, report: Callable[[Any], None]
+    ) -> None:
+        self.kept.append((run, batch, report))
+        self.hand_over_kept()
+        if self.kept and self.feeder is None:
+            feeder = threading.Thread(target=self.feed, daemon=True)
+            with contextlib.suppress(RuntimeError):  # without it, the consumer does it
+                feeder.start()
+                self.feeder = feeder
+
+    def hand_over_kept(self) -> None:
+        """Give loky as many batches as its queue holds."""
+        while self.kept:
+            if self.settings and len(self.unfinished()) >= self.settings.most_batches:
+                return
+            run, batch, report = self.kept.popleft()
+            if not run.has_broken:
+                run.give(batch, report)
+
+    def feed(self) -> None:
+        """Give loky what is kept as batches complete, while the consumer is elsewhere."""
+        while True:
+            self.completions.get()
+            with self.lock:
+                self.hand_over_kept()
+                if not self.kept:
+                    self.feeder = None
+                    return
+
+    def notice(self, run: _ConsumerDrivenLoky, job: Future[Any]) -> None:
+        """Take note, in loky's manager thread, that a batch of *run* has completed."""
+        if not job.cancelled() and isinstance(job.exception(), BrokenExecutor):
+            run.has_broken, self.settings = True, None
+        if self.feeder is not None:
+            self.completions.put(None)
+
+    def remove(self, run: _ConsumerDrivenLoky) -> None:
+        """Drop what *run* has queued. Kill the pool if it is busy for ended runs alone."""
+        self.runs.discard(run)
+        self.kept = deque(item for item in self.kept if item[0] is not run)
+        if self.feeder is not None:
+            self.completions.put(None)
+        if run.has_broken:
+            run.kill_pool()  # its own, which may have been replaced since
+        unwanted = set(self.unfinished().values()) - self.runs
+        if (unwanted or run.was_interrupted) and not self.busy_runs():
+            self.kill(run)
+
+    def kill(self, run: _ConsumerDrivenLoky) -> None:
+        """Kill the pool, by the hand of *run*."""
+        settings = self.settings
+        if settings is None:
+            return
+        if settings is not run.settings:
+            run.use_pool(settings)  # it has been changed since
+        # As said above: all that loky has must have arrived in the queue of the workers.
+        while _is_loky_running() and not all(
+            job.running() or job.done() for job in self.unfinished()
+        ):
+            time.sleep(0.001)
+        if _is_loky_running():
+            run.kill_pool()
+            self.out, self.settings = {}, None
+        else:
+            self.bury()
+
+    def bury(self) -> None:
+        """Do what loky's manager thread would do, if it has died or could not start."""
+        for process in multiprocessing.active_children():
+            if process.name.startswith("LokyProcess"):
+                process.kill()
+        _loky("reusable_executor").get_reusable_executor(reuse=True).shutdown(
+            wait=False
+        )
+        self.out, self.settings = {}, None
+
+
+_loky_pool = _LokyPool()
+_loky_process: int | None = None  # that was using loky when it was last forked
+
+
+def _loky(module: str) -> Any:
+    return importlib.import_module(f"joblib.externals.loky.{module}")
+
+
+def _is_loky_running() -> bool:
+    """Tell whether there is a manager thread of loky, without which nothing completes."""
+    return any(
+        thread.name == "ExecutorManagerThread" for thread in threading.enumerate()
+    )
+
+
+def _note_use_of_loky() -> None:
+    """Take note, before a fork, whether it inherits a pool that has lost its thread."""
+    global _loky_process
+    if _is_loky_running():
+        _loky_process = os.getpid()
+    elif _loky_process == os.getpid():
+        _loky_process = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_note_use_of_loky, after_in_child=_spare_parent)
+
+
+_NO_PGREP = "Failed to kill subprocesses on this platform"
+
+
+def _let_loky_kill() -> None:
+    """Let loky kill its workers where there is neither psutil nor pgrep, in silence.
+
+    It warns there, which is an error to some programs, and calls a method that its class
+    of processes lacks on POSIX (joblib 1.5.0 to 1.6.0). Its manager thread dies of that.
+    """
+    if os.name == "posix":
+        popen = _loky("backend.popen_loky_posix").Popen
+        if not hasattr(popen, "kill"):
+            popen.kill = _kill
+    if all(getattr(item[1], "pattern", None) != _NO_PGREP for item in warnings.filters):
+        warnings.filterwarnings("ignore", _NO_PGREP)
+
+
+def _kill(process: Any) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 class _ConsumerDrivenLoky(_ConsumerDriven):
-    """Shares loky's one pool of workers with the other runs of the process.
+    """Shares loky's pool with the other runs of the process. See _LokyPool."""
 
-    joblib resizes or replaces the pool for each run that starts, and kills it for each that is
-    left. Here a pool in which another run has work is left as it is.
-    """
-
-    lock = threading.RLock()  # guards what follows, and the pool; see locked()
-    depth: ClassVar[int] = 0
-    live: ClassVar[tuple[weakref.ref[_ConsumerDrivenLoky], ...]] = ()
-    pool_settings: ClassVar[_PoolSettings | None] = None  # None: there is no pool that is known of
-    abandoned: ClassVar[frozenset[Future[Any]]] = frozenset()  # work of runs that were left
-
+    more_options = frozenset(
+        ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
+    )
     settings: _PoolSettings  # what this run wants of the pool, or has found
-    batches: dict[Future[Any], Any]  # those in the pool
-
-    @staticmethod
-    @contextlib.contextmanager
-    def locked() -> Iterator[bool]:
-        """Guard the pool. Tell if this thread is doing something with it already.
-
-        It is if the garbage collector, which may do so at any time, ends a run.
-        """
-        with _ConsumerDrivenLoky.lock:
-            _ConsumerDrivenLoky.depth += 1
-            try:
-                yield _ConsumerDrivenLoky.depth > 1
-            finally:
-                _ConsumerDrivenLoky.depth -= 1
+    has_broken = False  # the pool, while it had work of this run
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-        wanted: int = self.effective_n_jobs(n_jobs)
-        if wanted == 1:
+        workers = int(self.effective_n_jobs(n_jobs))
+        if workers == 1:
             raise _OneWorker
+        if _loky_process not in (None, os.getpid()):
+            raise RuntimeError(
+                "loky does not work in a fork of a process that has used it: start the "
+                "process by 'spawn', or use backend='multiprocessing' or 'threading'"
+            )
         self.parallel = parallel
-        self.batches = {}
+        # Two for a worker on each core are certain to fit into loky's queue; if there are
+        # more workers than cores, the pool may have grown, but its queue has not.
+        most_batches = max(workers, 2 * min(workers, joblib.cpu_count()))
         self.settings = _PoolSettings(
-            n_jobs, options, self.inner_max_num_threads, self.backend_kwargs
+            workers,
+            most_batches,
+            options,
+            self.inner_max_num_threads,
+            self.backend_kwargs,
         )
-        with self.locked():
-            self.join_pool()
-            _ConsumerDrivenLoky.live += (weakref.ref(self),)
-        return wanted
-
-    def join_pool(self) -> None:
-        busy = self.another_busy()
-        if busy is not None:
-            self.settings = busy.settings
-        elif self.pool_settings is not None and (
-            # loky would wait for the end of such work before it changes the pool, and
-            self.is_pool_haunted()
-            # joblib does not change that of a pool.
-            or self.pool_settings.temp_folder != self.settings.temp_folder
-        ):
-            self.use_pool(self.pool_settings)
-            self.kill_pool()
-        self.use_pool(self.settings)
+        with _loky_pool.lock:
+            _loky_pool.runs.add(self)
+            _loky_pool.join(self)
+        return workers
 
     def use_pool(self, settings: _PoolSettings) -> None:
         self.inner_max_num_threads = settings.inner_max_num_threads
         self.backend_kwargs = settings.backend_kwargs
-        super().configure(n_jobs=settings.n_jobs, parallel=self.parallel, **settings.options)
-        _ConsumerDrivenLoky.pool_settings = settings
+        super().configure(settings.n_jobs, self.parallel, **settings.options)
 
-    def is_busy(self) -> bool:
-        return any(not job.done() for job in list(self.batches))
-
-    def is_pool_haunted(self) -> bool:
-        """Tell if workers are busy for a run that was left."""
-        _ConsumerDrivenLoky.abandoned = frozenset(job for job in self.abandoned if not job.done())
-        return bool(self.abandoned)
-
-    def another_busy(self) -> _ConsumerDrivenLoky | None:
-        others = (reference() for reference in self.live)
-        return next((run for run in others if run not in (None, self) and run.is_busy()), None)
-
-    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
-        with self.locked():
-            if self.settings is not self.pool_settings:
-                self.join_pool()  # another run has changed it since
-            try:
-                job = super().hand_over(batch, report)
-            except RuntimeError:  # the pool is broken, or was shut down by somebody else
-                self.join_pool()
-                job = super().hand_over(batch, report)
-            self.batches[job] = batch
+    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> None:
+        with _loky_pool.lock:
+            _loky_pool.add(self, batch, report)
         _end_open_runs_before_loky()
-        return job
+
+    def give(self, batch: Any, report: Callable[[Any], None]) -> None:
+        """Submit a batch to loky, in the consumer's thread or the feeder's."""
+
+        def completed(job: Future[Any]) -> None:
+            report(job)
+            _loky_pool.notice(self, job)
+
+        _let_loky_kill()
+        try:
+            if self.settings is not _loky_pool.settings:
+                _loky_pool.join(self)  # another run has changed it since
+            try:
+                job = super().hand_over(batch, completed)
+            except (BrokenExecutor, _loky("process_executor").ShutdownExecutorError):
+                _loky_pool.join(self)  # a worker has died, or somebody else has shut it
+                job = super().hand_over(batch, completed)
+            _loky_pool.out[job] = self
+        except Exception as error:
+            if not _is_loky_running():
+                _loky_pool.bury()
+            report(_Failure(error))
 
     def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
-        with self.locked():
-            self.batches.pop(outcome, None)
+        with _loky_pool.lock:
+            _loky_pool.hand_over_kept()
         return super().results_of(outcome)
 
-    def abort(self) -> None:
-        with self.locked() as is_interruption:
-            left = {job: batch for job, batch in self.batches.items() if not job.done()}
-            self.batches = {}
-            _ConsumerDrivenLoky.abandoned |= left.keys()
-            if self.another_busy() is None and not is_interruption:
-                self.kill_pool()
-            else:
-                # Futures are not cancelled: loky's manager thread does not survive a kill of the
-                # pool while it has cancelled ones. A batch of nothing is as good. (So far joblib
-                # fails to pickle what a run has left in the queue, which has the same effect.)
-                for batch in left.values():
-                    batch.items.clear()
+    def fault(self) -> Exception | None:
+        if _is_loky_running():
+            return None
+        return RuntimeError("loky has stopped working: its manager thread has died")
 
     def kill_pool(self) -> None:
-        if self.pool_settings is None:
-            return  # another run has killed it
-        # loky's manager thread does not survive a kill before it has put what was submitted into
-        # the queue of the workers, as far as there is room. Only a submission makes it look.
-        with contextlib.suppress(RuntimeError):  # broken already
-            last = super().hand_over(joblib.parallel.BatchedCalls([], (None, None)), _ignore)
-            jobs = {last, *self.abandoned}
-            _wait_while_falling(lambda: sum(not job.running() and not job.done() for job in jobs))
+        _let_loky_kill()
         super().abort()
-        _ConsumerDrivenLoky.abandoned = frozenset()
-        _ConsumerDrivenLoky.pool_settings = None
 
-    def finish(self) -> None:
-        with self.locked() as is_interruption:
-            _ConsumerDrivenLoky.live = tuple(
-                reference for reference in self.live if reference() not in (None, self)
-            )
-            if self.is_pool_haunted() and self.another_busy() is None and not is_interruption:
-                self.kill_pool()  # it was spared for the sake of this run
-            super().finish()
+    def abort(self) -> None:
+        _loky_pool.remove(self)
+
+    def clean_up(self) -> None:
+        if hasattr(self, "settings"):  # or else it never got as far as the pool
+            # An AttributeError: it was interrupted on its way to it.
+            with _loky_pool.lock, contextlib.suppress(AttributeError):
+                super().clean_up()
+
+
+# ---- multiprocessing -----------------------------------------------------------------
+
+
+class _PoolContext:
+    """A multiprocessing context that knows what the pool that is made with it is made of.
+
+    `multiprocessing.Pool` takes no notice of a worker that dies, nor its result thread of
+    a result that it cannot unpickle: it dies. And when the pool terminates a worker that
+    has one of its locks, or is in the middle of a message, or handles SIGTERM, it waits
+    for it for ever.
+    """
+
+    def __init__(self, context: Any, inbox: _Inbox) -> None:
+        self.context = context
+        self.inbox = inbox
+        self.processes: list[Any] = []
+        self.locks: list[Any] = []
+        self.pipes: list[tuple[Any, Any]] = []  # that of the tasks, that of the results
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.context, name)
+
+    def Process(self, *args: Any, **kwargs: Any) -> Any:
+        self.processes.append(self.context.Process(*args, **kwargs))
+        return self.processes[-1]
+
+    def Lock(self) -> Any:
+        self.locks.append(self.context.Lock())
+        return self.locks[-1]
+
+    def Pipe(self, duplex: bool = True) -> Any:
+        reader, writer = self.context.Pipe(duplex)
+        self.pipes.append((reader, writer))
+        if len(self.pipes) == 2:
+            reader.recv = functools.partial(self.receive, reader.recv)
+        return reader, writer
+
+    def receive(self, recv: Callable[[], Any]) -> Any:
+        """Receive a result in the pool's result thread, which survives a bad one."""
+        try:
+            return recv()
+        except (EOFError, OSError):
+            raise
+        except Exception as error:
+            failure = pickle.UnpicklingError(f"a result cannot be unpickled: {error!r}")
+            failure.__cause__ = error
+            self.inbox.fail(failure)
+            return None, None, None  # a result of no job that the pool knows of
+
+    def exit_codes(self) -> list[int]:
+        """Return those of workers that have died."""
+        return [process.exitcode for process in self.processes if process.exitcode]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+
+    def break_off(self) -> None:
+        """Kill the workers, and free the pool's threads from waiting for them."""
+        self.kill()
+        for lock in self.locks:
+            with contextlib.suppress(ValueError):  # nobody has it
+                lock.release()
+        for connection in (self.pipes[0][0], self.pipes[1][1]):
+            with contextlib.suppress(OSError):
+                connection.close()
+
+    def forget(self) -> None:
+        """Kill the workers that are left; let go of what the pool was made of."""
+        self.kill()
+        for process in self.processes:
+            if process.pid is not None:
+                process.join(timeout=1)
+        self.pipes.clear()
 
 
 class _ConsumerDrivenPool(_ConsumerDriven):
-    """Gets over a weakness of `multiprocessing.Pool`.
+    """Makes up for what `multiprocessing.Pool` does not notice. See _PoolContext."""
 
-    When it terminates a worker that is just sending a result, it waits for ever for a lock that the
-    worker had.
-    """
+    more_options = frozenset(
+        ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
+    ) | {"maxtasksperchild"}
+    context: _PoolContext
+
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        context = options.get("context") or multiprocessing.get_context()
+        self.context = options["context"] = _PoolContext(context, self.inbox)
+        return super().configure(n_jobs, parallel, **options)
+
+    def fault(self) -> Exception | None:
+        exit_codes = self.context.exit_codes()
+        message = f"a worker process has died, with exit code {exit_codes}"
+        return BrokenExecutor(message) if exit_codes else None
 
     def finish(self) -> None:
-        _wait_while_falling(self.inbox.count_running)
-        _call_in_thread(super().finish)
+        def terminate() -> None:
+            # What it makes of the loss of its pipes is no matter.
+            with contextlib.suppress(Exception):
+                super(_ConsumerDrivenPool, self).finish()
+
+        thread = _call_in_thread(terminate)
+        if thread is not None:
+            thread.join(timeout=0.5)
+            deadline = time.monotonic() + 5
+            while thread.is_alive() and time.monotonic() < deadline:
+                self.context.break_off()
+                thread.join(timeout=0.05)
+        self.context.forget()
+
+
+# ---- Dask ----------------------------------------------------------------------------
 
 
 class _ConsumerDrivenDask(_ConsumerDriven):
-    """Adds what joblib's Dask backend does not tell, and does not do."""
+    """Adds what joblib's Dask backend does not report, and does not do."""
+
+    def become(self, original: Any) -> None:
+        # What it keeps of its calls must not be shared; what was scattered may be.
+        self.__init__(  # type: ignore[misc]
+            client=_DaskClient(original.client, self.inbox),
+            wait_for_workers_timeout=original.wait_for_workers_timeout,
+            **original.submit_kwargs,
+        )
+        self.nesting_level = original.nesting_level
+        # The keys are ids of what was scattered, which the original keeps alive.
+        self.data_futures, self.original = original.data_futures, original
 
     def effective_n_jobs(self, n_jobs: int) -> int:
-        # With one worker tasks would run in this process, not on the cluster.
-        workers: int = super().effective_n_jobs(n_jobs)
-        return max(workers, 2)
+        # With one worker tasks would run in this process, not on the cluster. With none,
+        # joblib raises an error.
+        workers = int(super().effective_n_jobs(n_jobs))
+        return workers and max(workers, 2)
 
     def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
         def report_error(job: Future[Any]) -> None:
@@ -1253,7 +1672,7 @@ class _ConsumerDrivenDask(_ConsumerDriven):
                 report(_Failure(error))
 
         job = super().hand_over(batch, report)
-        job.add_done_callback(report_error)  # if a worker is lost, joblib calls nothing else
+        job.add_done_callback(report_error)  # if a worker is lost, joblib calls nothing
         return job
 
     def abort(self) -> None:
@@ -1266,8 +1685,8 @@ class _ConsumerDrivenDask(_ConsumerDriven):
 class _DaskClient:
     """A Dask client for joblib, on whose event loop nothing fails in silence.
 
-    There joblib sends tasks and fetches results. What cannot be pickled makes that fail; all that
-    Dask does about it is to write to a log.
+    There joblib sends tasks and fetches results. What cannot be pickled makes that fail;
+    all that Dask does about it is to write to a log.
     """
 
     def __init__(self, client: Any, inbox: _Inbox) -> None:
@@ -1291,41 +1710,40 @@ class _DaskClient:
         self.client.loop.add_callback(guarded)
 
 
+# ---- any of them ---------------------------------------------------------------------
+
+
+def _is_registered(backend: Any, name: str) -> bool:
+    """Tell whether *backend* is of the class that is registered by that name."""
+    kind = joblib.parallel.BACKENDS.get(name)
+    return isinstance(kind, type) and isinstance(backend, kind)
+
+
+def _mixin_for(backend: Any) -> type[_ConsumerDriven]:
+    if isinstance(backend, joblib.parallel.LokyBackend):
+        return _ConsumerDrivenLoky
+    if _is_registered(backend, "dask"):
+        return _ConsumerDrivenDask
+    is_pool = isinstance(backend, joblib.parallel.MultiprocessingBackend)
+    if is_pool and not _is_registered(backend, "ray"):  # which is derived from it
+        return _ConsumerDrivenPool
+    return _ConsumerDriven
+
+
 @functools.cache
 def _subclass(mixin: Any, kind: Any) -> Any:
     return type(kind.__name__, (mixin, kind), {})  # joblib shows the name
 
 
-def _consumer_driven(backend: Any, inbox: _Inbox, task_func: Callable[[Any], Any]) -> Any:
+def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
     """Return a joblib backend like *backend*, which is left as it is, for one run."""
     is_sequential = isinstance(backend, joblib.parallel.SequentialBackend)
     if not (is_sequential or backend.supports_retrieve_callback):
-        raise ValueError(f"backend must tell when a batch has completed, got {backend!r}")
-    dask = joblib.parallel.BACKENDS.get("dask")
-    is_dask = isinstance(dask, type) and isinstance(backend, dask)
-    kind: Any = type(backend)
-    mixin: Any = _ConsumerDriven
-    if isinstance(backend, joblib.parallel.LokyBackend):
-        mixin = _ConsumerDrivenLoky
-    elif isinstance(backend, joblib.parallel.MultiprocessingBackend):
-        mixin = _ConsumerDrivenPool
-    elif is_dask:
-        mixin = _ConsumerDrivenDask
-    clone = object.__new__(_subclass(mixin, kind))
-    vars(clone).update(vars(backend))
-    if is_dask:
-        # What it keeps of its calls must not be shared; what was scattered may be.
-        clone.__init__(
-            client=_DaskClient(backend.client, inbox),
-            wait_for_workers_timeout=backend.wait_for_workers_timeout,
-            **backend.submit_kwargs,
+        raise ValueError(
+            f"backend must tell when a batch has completed, got {backend!r}"
         )
-        clone.nesting_level = backend.nesting_level
-        # The keys are ids of what was scattered, which the original keeps alive.
-        clone.data_futures, clone.original = backend.data_futures, backend
-    if hasattr(clone, "reset_batch_stats"):
-        clone.reset_batch_stats()  # those of another run
-    clone.inbox = inbox
-    clone.task_func = task_func
-    clone.process = os.getpid()
-    return clone
+    own = object.__new__(_subclass(_mixin_for(backend), type(backend)))
+    vars(own).update(vars(backend))
+    own.inbox, own.process = inbox, os.getpid()
+    own.become(backend)
+    return own
