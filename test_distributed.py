@@ -1108,6 +1108,208 @@ def test_any_options_give_the_results_of_map(tasks, num_workers, options):
 
 
 # ------------------------------------------------------------------------------------------------
+# Errors of tasks
+
+SOLVER_FAILED = """
+class SolverFailed(Exception):
+    def __init__(self, message, *, code):
+        super().__init__(message)
+        self.code = code
+
+class Doubled(Exception):
+    def __init__(self, code, more=()):
+        super().__init__(f"failed with {code}", *more)
+
+class Shy(Exception):
+    def __reduce__(self):
+        raise TypeError("stay here")
+
+class Falsy(Exception):
+    def __len__(self):
+        return 0
+
+class NotFound(FileNotFoundError):
+    def __init__(self, path, code):
+        super().__init__(2, "is not there", path)
+        self.code = code
+
+class Locked(Exception):
+    def __init__(self, message):
+        import threading
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+def fail(error):
+    raise error
+
+def fail_deep_down(error, depth=9):
+    return fail_deep_down(error, depth - 1) if depth else fail(error)
+"""
+
+
+def failing(expression):
+    """An expression that raises what *expression*, with the names above, evaluates to."""
+    return (
+        f"(exec({SOLVER_FAILED!r}, names := {{'__name__': '__main__'}}), "
+        f"names['fail_deep_down'](eval({expression!r}, names)))"
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    ("expression", "name", "arguments", "attributes"),
+    [
+        ("SolverFailed('no luck', code=3)", "SolverFailed", ("no luck",), {"code": 3}),
+        ("Doubled(3)", "Doubled", ("failed with 3",), {}),
+        ("Shy(1, 2)", "Shy", (1, 2), {}),
+        ("Falsy('nothing')", "Falsy", ("nothing",), {}),
+        (
+            "NotFound('/nowhere', 4)",
+            "NotFound",
+            (2, "is not there"),
+            {"filename": "/nowhere", "errno": 2, "code": 4},
+        ),
+        ("FileNotFoundError(2, 'gone', 'x')", "FileNotFoundError", (2, "gone"), {"filename": "x"}),
+        ("ExceptionGroup('g', [KeyError(1)])", "ExceptionGroup", None, {"message": "g"}),
+    ],
+)
+def test_an_error_comes_home(any_setup, expression, name, arguments, attributes, batch_size):
+    if name == "ExceptionGroup" and sys.version_info < (3, 11):
+        pytest.skip("a class of Python 3.11")
+    tasks = [value(1), value(2), failing(expression), value(4)]
+    received, error = collect(any_setup(eval, tasks, batch_size=batch_size), Exception)
+    assert received == [1, 2]
+    assert type(error).__name__ == name
+    assert arguments is None or error.args == arguments
+    for attribute, expected in attributes.items():
+        assert getattr(error, attribute) == expected
+    # Of a false exception, Python itself does not show the cause.
+    shown = [str(error.__cause__), *traceback.format_tb(error.__traceback__)]
+    assert "fail_deep_down" in "".join(shown)
+
+
+def test_an_error_that_cannot_be_sent_is_shown(pickling_setup):
+    other = pickling_setup(eval, [value(0)] * 20, batch_size=1)
+    assert next(other) == 0
+    tasks = [value(1), failing("Locked('in a hurry')")]
+    _, error = collect(pickling_setup(eval, tasks, batch_size=2), Exception)
+    assert type(error) is RuntimeError
+    assert "Locked: in a hurry" in str(error)
+    assert "fail_deep_down" in str(error.__cause__)
+    assert sum(1 for _ in other) == 19  # it is an error of its own run alone
+
+
+def test_threads_raise_the_error_itself():
+    error = ValueError()
+    error.__cause__ = KeyError()
+
+    def fail(task):
+        raise error
+
+    _, raised = collect(Joblib.setup(fail, [1], 2, backend="threading"), ValueError)
+    assert raised is error
+    assert type(raised.__cause__) is KeyError
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
+def test_an_error_keeps_its_notes(setup):
+    noted = "(error := KeyError(1), error.add_note('take note'), fail(error))[0]"
+    _, error = collect(setup(eval, [failing(noted)]), KeyError)
+    assert error.__notes__ == ["take note"]
+
+
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "SystemExit"])
+def test_an_exit_of_a_task_is_raised(setup, name):
+    _, error = collect(setup(eval, [raising(f"{name}(5)")]), BaseException)
+    assert type(error).__name__ == name
+    assert error.args == (5,)
+
+
+def test_the_class_of_an_error_is_that_of_the_program(program):
+    source = """
+        from yourpackage.distributed import Joblib
+
+        class SolverFailed(Exception):
+            def __init__(self, message, code):
+                super().__init__(message)
+                self.code = code
+
+        def fail(task):
+            raise SolverFailed("no luck", task)
+
+        if __name__ == "__main__":
+            for backend in ("loky", "multiprocessing", "threading"):
+                try:
+                    list(Joblib.setup(fail, [3], num_workers=2, backend=backend))
+                except SolverFailed as error:
+                    print(error, error.code)
+    """
+    assert output_of(program(source)) == "no luck 3\n" * 3
+
+
+# Takes numbers; every backend can send it.
+reciprocal_of = functools.partial(operator.truediv, 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tasks=st.lists(st.integers(-3, 9), max_size=40),
+    backend=st.sampled_from(LOCAL),
+    batch_size=st.sampled_from(["auto", 1, 2, 7, 50]),
+    pre_dispatch=st.sampled_from(["all", 1, "2 * n_jobs"]),
+)
+def test_a_failing_task_costs_no_other_result(tasks, backend, batch_size, pre_dispatch):
+    expected, expected_error = collect(SingleProcess.setup(reciprocal_of, tasks), Exception)
+    received, error = collect(
+        Joblib.setup(
+            reciprocal_of,
+            iter(tasks),
+            2,
+            backend=backend,
+            batch_size=batch_size,
+            pre_dispatch=pre_dispatch,
+            return_as="generator",
+        ),
+        Exception,
+    )
+    assert received == expected
+    assert type(error) is type(expected_error)
+    assert error is None or error.args == expected_error.args
+
+
+def test_what_is_done_for_each_task():
+    """Count the calls, resumptions of generators among them, in the consumer's process."""
+    calls = Counter()
+
+    def profile(frame, event, argument):
+        calls[frame.f_code.co_name] += event == "call"
+
+    count = 50_000
+    sys.setprofile(profile)
+    try:
+        collections.deque(Joblib.setup(abs, range(count), num_workers=2), maxlen=0)
+    finally:
+        sys.setprofile(None)
+    assert calls.pop("draw") <= count + 1
+    assert calls.pop("_results") <= count + 1
+    assert sum(calls.values()) < count / 2
+
+
+def test_verbose_with_one_worker(capfd):
+    assert list(Joblib.setup(abs, [-1, -2], num_workers=1, verbose=11)) == [1, 2]
+    assert "Done   2 out of   2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_a_result_that_cannot_be_unpickled_is_an_error(backend):
+    tasks = ["__import__('operator').methodcaller('x')", value(1)]
+    bad = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
+    with pytest.raises(Exception, match=r"(?i)unpickled|un-serialize"):
+        list(Joblib.setup(eval, [*tasks, bad], num_workers=2, backend=backend, batch_size=1))
+    assert sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend=backend)) == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------
 # What is particular to an engine
 
 
