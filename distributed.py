@@ -58,6 +58,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -1128,8 +1129,8 @@ def _spare_parent() -> None:
 def _spare_folders_of_parent() -> None:
     """Let a fork not delete the folders of memory-mapped arrays, as joblib would."""
     name = "register_folder_finalizer.<locals>._cleanup"
-    for function in filter(inspect.isfunction, gc.get_objects()):
-        if function.__qualname__.endswith(name):
+    for function in gc.get_objects():
+        if type(function) is types.FunctionType and function.__qualname__.endswith(name):
             folder = inspect.getclosurevars(function).nonlocals["pool_subfolder"]
             if f"_{os.getpid()}_" not in folder:
                 atexit.unregister(function)
@@ -1384,6 +1385,7 @@ class _LokyPool:
         for process in multiprocessing.active_children():
             if process.name.startswith("LokyProcess"):
                 process.kill()
+                process.join()
         _loky("reusable_executor").get_reusable_executor(reuse=True).shutdown(
             wait=False
         )
@@ -1593,7 +1595,9 @@ class _PoolContext:
         """Kill the workers, and free the pool's threads from waiting for them."""
         self.kill()
         for lock in self.locks:
-            with contextlib.suppress(ValueError):  # nobody has it
+            # Whoever waits must be woken again, if it was a worker that was, and died.
+            lock.acquire(block=False)
+            with contextlib.suppress(ValueError):  # it has been released meanwhile
                 lock.release()
         for connection in (self.pipes[0][0], self.pipes[1][1]):
             with contextlib.suppress(OSError):

@@ -1313,12 +1313,14 @@ def test_a_result_that_cannot_be_unpickled_is_an_error(backend):
 # What is particular to an engine
 
 
-def test_a_worker_that_dies_unnoticed_needs_a_timeout():
-    tasks = [value(1), KILL]
-    results = Joblib.setup(eval, tasks, num_workers=2, backend="multiprocessing", timeout=1)
-    received, error = collect(results, Exception)
-    assert received == [1]
-    assert isinstance(error, TimeoutError)
+@pytest.mark.parametrize("death", [KILL, EXIT])
+def test_a_worker_of_a_pool_that_dies_is_an_error(death, capfd):
+    tasks = [value(1), death, *map(value, range(20))]
+    results = Joblib.setup(eval, tasks, num_workers=2, backend="multiprocessing", batch_size=1)
+    received, error = collect(results, BrokenExecutor)
+    assert sorted(received) == sorted([1, *range(20)])
+    assert "exit code" in str(error)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.engines
@@ -1384,6 +1386,16 @@ def test_dask_cluster_of_one_core(tmp_path):
     with dask_client(tmp_path, n_workers=1):
         (process,) = set(Joblib.setup(eval, [PID] * 4, backend="dask"))
     assert process != os.getpid()
+
+
+@pytest.mark.engines
+def test_dask_cluster_without_a_worker(tmp_path):
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path, n_workers=0):
+        with joblib.parallel_config(backend="dask", wait_for_workers_timeout=0):
+            results = Joblib.setup(abs, [1])
+        with pytest.raises(RuntimeError, match="no active worker"):
+            next(results)
 
 
 @pytest.mark.engines
@@ -1603,6 +1615,368 @@ def test_a_copy_that_hides_the_package_of_dask(program, tmp_path):
     output = output_of(program(source))
     assert str(tmp_path / "distributed.py") in output
     assert "move that file into a package" in output
+
+
+# ------------------------------------------------------------------------------------------------
+# Programs that are left
+
+
+@pytest.fixture(params=["pgrep", "no pgrep"])
+def leaving(request, program, tmp_path, monkeypatch):
+    """Like `program`, also where loky has neither pgrep nor psutil to kill its workers with."""
+    if request.param == "no pgrep":
+        (tmp_path / "psutil.py").write_text("raise ImportError")
+        monkeypatch.setenv("PATH", str(tmp_path))
+    return program
+
+
+@pytest.mark.parametrize("way", ["break", "timeout", "die"])
+def test_leaving_a_program(leaving, way):
+    source = """
+        import itertools, os, sys, time
+        from yourpackage.distributed import Joblib
+
+        def work(task):
+            time.sleep(0 if task < 3 else 3600)
+            return task
+
+        if __name__ == "__main__":
+            if sys.argv[1] == "break":
+                for _ in Joblib.setup(work, itertools.count(), num_workers=2):
+                    break
+            try:
+                if sys.argv[1] == "timeout":
+                    list(Joblib.setup(work, range(9), num_workers=2, timeout=1))
+                if sys.argv[1] == "die":
+                    list(Joblib.setup(os._exit, range(9), num_workers=2))
+            except Exception as error:
+                print(isinstance(error, TimeoutError), type(error).__name__)
+            print(sum(Joblib.setup(abs, range(10), num_workers=2)))
+    """
+    expected = {
+        "break": "45\n",
+        "timeout": "True _TaskTimeoutError\n45\n",
+        "die": "False TerminatedWorkerError\n45\n",
+    }
+    assert output_of(leaving(source, way)) == expected[way]
+
+
+@pytest.mark.parametrize("task", ["int", "time.sleep"])
+def test_leaving_while_much_is_queued(leaving, task):
+    source = f"""
+        import itertools, time
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            for pre_dispatch in ("8 * n_jobs", "all", 99):
+                for num_workers in (2, 4):
+                    results = Joblib.setup(
+                        {task}, [0.001] * 9999, num_workers, batch_size=1, pre_dispatch=pre_dispatch
+                    )
+                    next(results)
+                    results.close()
+            print("left")
+    """
+    assert output_of(leaving(source)) == "left\n"
+
+
+def test_leaving_while_other_threads_compute(program):
+    source = """
+        import itertools, os, threading
+        from yourpackage.distributed import Joblib
+
+        def compute():
+            while True:
+                pass
+
+        if __name__ == "__main__":
+            for _ in range(8):
+                threading.Thread(target=compute, daemon=True).start()
+            for _ in range(4):
+                results = Joblib.setup(abs, itertools.count(), num_workers=2)
+                next(results)
+                results.close()
+            print("left", flush=True)
+            os._exit(0)
+    """
+    assert output_of(program(source)) == "left\n"
+
+
+def test_batches_are_handed_over_while_the_consumer_is_elsewhere(tmp_path):
+    tasks = [touch(tmp_path / str(number)) for number in range(40)]
+    results = Joblib.setup(eval, tasks, num_workers=2, batch_size=1, pre_dispatch="all")
+    next(results)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 40)
+    results.close()
+
+
+def test_an_error_that_leaves_nothing_out_leaves_the_workers():
+    setup = functools.partial(Joblib.setup, num_workers=2)
+    before = set(setup(eval, [PID] * 9))
+    _, error = collect(setup(eval, ["1 / 0"]), ZeroDivisionError)
+    assert error is not None
+    assert set(setup(eval, [PID] * 9)) <= before | set(workers_of_loky())
+
+
+def workers_of_loky():
+    return [child.pid for child in multiprocessing.active_children() if "Loky" in child.name]
+
+
+def test_an_error_of_a_run_in_a_task(program):
+    source = """
+        from yourpackage.distributed import Joblib
+
+        def fail(task):
+            raise ValueError(task)
+
+        def total(count):
+            return sum(Joblib.setup(fail, [count, count], num_workers=2))
+
+        if __name__ == "__main__":
+            try:
+                list(Joblib.setup(total, [1], num_workers=2))
+            except ValueError as error:
+                print(error)
+    """
+    assert output_of(program(source)) == "1\n"
+
+
+@pytest.mark.parametrize("reader", ["main", "thread"])
+@pytest.mark.parametrize("collector", ["main", "thread"])
+def test_the_collector_does_not_decide_the_order(any_local_setup, reader, collector, capfd):
+    def run(function):
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
+    cycle = [any_local_setup(abs, itertools.count())]
+    gc.collect(0)  # now that generator is older than the one of joblib
+    read = functools.partial(next, cycle[0])
+    read() if reader == "main" else run(read)
+    cycle.append(cycle)
+    del read, cycle
+    gc.collect() if collector == "main" else run(gc.collect)
+    assert sorted(any_local_setup(abs, [-1, -2, -3])) == [1, 2, 3]
+    wait_until(lambda: not distributed._open_runs)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.fixture(params=LOCAL)
+def any_local_setup(request):
+    return start(request, request.param)
+
+
+def test_a_run_left_in_a_thread_that_has_ended_is_collected_in_silence(capfd):
+    cycle = [
+        Joblib.setup(
+            bytes, [4_000_000] * 60, 4, backend="multiprocessing", batch_size=3, pre_dispatch="all"
+        )
+    ]
+    cycle.append(cycle)
+    thread = threading.Thread(target=next, args=(cycle[0],))
+    thread.start()
+    thread.join()
+    del thread, cycle
+    gc.collect()
+    wait_until(lambda: not distributed._open_runs)
+    assert capfd.readouterr().err == ""
+
+
+BAD_RESULT = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
+DEADLY_RESULT = f"type('Bad', (), {{'__reduce__': lambda self: ({KILL}, 1)[1]}})()"
+
+
+@pytest.mark.parametrize("fault", [KILL, EXIT, BAD_RESULT, DEADLY_RESULT, raising("SystemExit()")])
+def test_a_pool_that_fails_leaves_nothing(tmp_path, fault):
+    list(Joblib.setup(abs, [1], 2, backend="multiprocessing"))  # starts what stays
+    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    tasks = [block(tmp_path), value(1), fault, *[value(1)] * 9]
+    results = Joblib.setup(eval, tasks, 2, backend="multiprocessing", batch_size=1)
+    _, error = collect(results, BaseException)
+    assert error is not None
+    assert not any("Pool" in child.name for child in multiprocessing.active_children())
+    assert not any(map(is_alive, pids_in(tmp_path)))
+    del error, results
+    wait_until(lambda: set(threading.enumerate()) <= threads)
+    wait_until(lambda: gc.collect() and len(os.listdir("/proc/self/fd")) <= files)
+
+
+@pytest.mark.parametrize("way", ["exit", "break"])
+@pytest.mark.parametrize("backend", LOCAL)
+def test_leaving_a_program_that_handles_sigterm(program, backend, way):
+    source = """
+        import multiprocessing, signal, sys, time
+        from yourpackage.distributed import Joblib
+
+        def busy(task):
+            end = time.monotonic() + (0.1 if task == 0 else 2)
+            while time.monotonic() < end:
+                pass
+
+        if __name__ == "__main__":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            for _ in Joblib.setup(busy, range(99), num_workers=2, backend=sys.argv[1]):
+                if sys.argv[2] == "exit":
+                    sys.exit()
+                break
+            print(*multiprocessing.active_children())
+    """
+    output = output_of(program(source, backend, way))
+    assert output == ("" if way == "exit" else "\n")
+
+
+@pytest.mark.parametrize("backend", LOCAL)
+def test_interrupts_at_any_time(program, backend):
+    source = INTERRUPTED
+    output = output_of(program(source, backend, 10, 0))
+    assert output == "10 interrupts, 0 left\n"
+
+
+INTERRUPTED = """
+    import multiprocessing, os, random, signal, sys, threading, time
+    from yourpackage.distributed import Joblib, _open_runs
+
+    def interrupt(delay):
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if __name__ == "__main__":
+        backend, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+        chance = random.Random(seed)
+        interrupts = 0
+        for _ in range(count):
+            thread = threading.Thread(target=interrupt, args=(chance.uniform(0, 0.3),))
+            thread.start()
+            try:
+                for result in Joblib.setup(time.sleep, [0.001] * 999, 2, backend=backend):
+                    pass
+                time.sleep(60)
+            except KeyboardInterrupt:
+                interrupts += 1
+            thread.join()
+            assert len(list(Joblib.setup(abs, range(20), 2, backend=backend))) == 20
+        while _open_runs:
+            time.sleep(0.01)
+        left = [child for child in multiprocessing.active_children() if "Pool" in child.name]
+        print(interrupts, "interrupts,", len(left), "left")
+"""
+
+
+def test_the_error_of_a_dead_worker_is_shown_as_it_is():
+    _, error = collect(Joblib.setup(eval, [KILL] * 2, num_workers=2), BrokenExecutor)
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    assert names == ["collect", "_results", "next_batch"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_of_loky_that_dies_is_an_error(monkeypatch, tmp_path):
+    process_executor = importlib.import_module("joblib.externals.loky.process_executor")
+    results = Joblib.setup(eval, [value(1), block(tmp_path), await_path(tmp_path / "go")], 2)
+    assert next(results) == 1
+    wait_until(lambda: pids_in(tmp_path))
+    monkeypatch.setattr(process_executor, "wait", None)  # what that thread calls next
+    (tmp_path / "go").touch()
+    _, error = collect(results, RuntimeError)
+    assert "manager thread has died" in str(error)
+    monkeypatch.undo()
+    (tmp_path / "go").unlink()
+    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
+    assert sorted(Joblib.setup(abs, [-1, -2], num_workers=2)) == [1, 2]
+
+
+@pytest.mark.parametrize("backend", LOCAL)
+def test_a_thread_that_cannot_be_started_is_an_error(program, backend):
+    source = """
+        import sys, threading
+        from yourpackage.distributed import Joblib
+
+        def refuse(self):
+            raise RuntimeError("can't start new thread")
+
+        if __name__ == "__main__":
+            start, threading.Thread.start = threading.Thread.start, refuse
+            try:
+                list(Joblib.setup(abs, [-1, -2], num_workers=2, backend=sys.argv[1]))
+            except RuntimeError as error:
+                print(error)
+            threading.Thread.start = start
+            print(*sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend=sys.argv[1])))
+    """
+    assert output_of(program(source, backend)) == "can't start new thread\n1 2\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("backend", LOCAL)
+def test_a_fork(program, backend):
+    source = """
+        import os, sys, warnings
+        from yourpackage.distributed import Joblib
+
+        def show(results):
+            try:
+                print(sum(results), flush=True)
+            except RuntimeError as error:
+                print(error, flush=True)
+
+        if __name__ == "__main__":
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            backend = sys.argv[1]
+            results = Joblib.setup(abs, [1] * 100, num_workers=2, backend=backend, batch_size=1)
+            next(results)
+            if os.fork() == 0:
+                show(results)
+                show(Joblib.setup(abs, range(10), num_workers=2, backend=backend))
+                sys.exit()
+            os.wait()
+            show(results)
+    """
+    first, second, third = output_of(program(source, backend)).splitlines()
+    assert first == "a run cannot be read in a fork of the process it is from"
+    if backend == "loky":
+        assert "loky does not work in a fork" in second
+    else:
+        assert second == "45"
+    assert third == "99"
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_a_fork_that_exits_leaves_its_parent_alone(program, backend):
+    pytest.importorskip("numpy")
+    source = """
+        import os, sys, warnings
+        import numpy
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            arrays = (numpy.full(300_000, task) for task in range(30))
+            results = Joblib.setup(numpy.max, arrays, 2, backend=sys.argv[1], batch_size=1)
+            total = next(results)
+            if os.fork() == 0:
+                sys.exit()
+            os.wait()
+            print(total + sum(results))
+    """
+    assert output_of(program(source, backend)) == "435\n"
+
+
+@pytest.mark.parametrize("backend", LOCAL)
+def test_stopping_on_sigterm(program, tmp_path, backend):
+    source = """
+        import signal, sys
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            list(Joblib.setup(eval, sys.argv[2:], num_workers=2, backend=sys.argv[1]))
+    """
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    process = program(source, backend, *[block(folder)] * 9)
+    wait_until(lambda: pids_in(folder))
+    process.terminate()
+    assert (*process.communicate(), process.returncode) == ("", "", 143)
+    wait_until(lambda: not any(map(is_alive, pids_in(folder))))
 
 
 EXAMPLES = re.findall(
