@@ -16,6 +16,7 @@ import itertools
 import multiprocessing
 import operator
 import os
+import random
 import re
 import resource
 import shutil
@@ -32,7 +33,7 @@ import typing
 import warnings
 import weakref
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import joblib
@@ -1690,9 +1691,9 @@ def test_leaving_while_other_threads_compute(program):
                 pass
 
         if __name__ == "__main__":
-            for _ in range(8):
+            for _ in range(3):
                 threading.Thread(target=compute, daemon=True).start()
-            for _ in range(4):
+            for _ in range(3):
                 results = Joblib.setup(abs, itertools.count(), num_workers=2)
                 next(results)
                 results.close()
@@ -1798,7 +1799,8 @@ def test_a_pool_that_fails_leaves_nothing(tmp_path, fault):
     assert not any(map(is_alive, pids_in(tmp_path)))
     del error, results
     wait_until(lambda: set(threading.enumerate()) <= threads)
-    wait_until(lambda: gc.collect() and len(os.listdir("/proc/self/fd")) <= files)
+    gc.collect()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
 
 
 @pytest.mark.parametrize("way", ["exit", "break"])
@@ -1827,8 +1829,7 @@ def test_leaving_a_program_that_handles_sigterm(program, backend, way):
 
 @pytest.mark.parametrize("backend", LOCAL)
 def test_interrupts_at_any_time(program, backend):
-    source = INTERRUPTED
-    output = output_of(program(source, backend, 10, 0))
+    output = output_of(program(INTERRUPTED, backend, 10, 0))
     assert output == "10 interrupts, 0 left\n"
 
 
@@ -1846,10 +1847,12 @@ INTERRUPTED = """
         interrupts = 0
         for _ in range(count):
             thread = threading.Thread(target=interrupt, args=(chance.uniform(0, 0.3),))
-            thread.start()
             try:
+                if backend != "multiprocessing":
+                    thread.start()
                 for result in Joblib.setup(time.sleep, [0.001] * 999, 2, backend=backend):
-                    pass
+                    if thread.ident is None:
+                        thread.start()  # not while a pool starts: see the README
                 time.sleep(60)
             except KeyboardInterrupt:
                 interrupts += 1
@@ -2006,6 +2009,187 @@ def test_examples_of_clusters(program, source, output):
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
     assert printed.endswith(output)  # Ray prints, and both of them log
+
+
+# ------------------------------------------------------------------------------------------------
+# Soak: episodes of runs side by side, drawn by chance.
+
+
+class Episode:
+    """A few runs, each with an ending of its own, and what must hold of them."""
+
+    ENDINGS = ("all", "all", "close", "drop", "cycle", "error", "source", "exit", "timeout", "death")
+
+    def __init__(self, seed, folder):
+        self.chance = random.Random(seed)
+        self.folder = folder
+        self.is_deadly = False  # to loky's pool, and so to all runs in it
+
+    def run(self):
+        runs = [self.plan(number) for number in range(self.chance.choice([1, 1, 2, 3]))]
+        self.is_deadly = any(run["backend"] == "loky" and run["ending"] == "death" for run in runs)
+        if self.chance.random() < 0.5:
+            with ThreadPoolExecutor(len(runs)) as threads:
+                for done in [threads.submit(self.read, **run) for run in runs]:
+                    done.result()
+        else:
+            readers = [self.reading(**run) for run in runs]
+            while readers:
+                reader = self.chance.choice(readers)
+                if next(reader, "end") == "end":
+                    readers.remove(reader)
+
+    def plan(self, number):
+        choice = self.chance.choice
+        count = choice([0, 1, 5, 30, 200])
+        return {
+            "number": number,
+            "count": count,
+            "bad": self.chance.randrange(count + 1),
+            "backend": choice(LOCAL),
+            "ending": choice(self.ENDINGS),
+            "ordered": choice([True, False]),
+            "num_workers": choice([2, 2, 3]),
+            "batch_size": choice([1, 1, 4]),
+            "pre_dispatch": choice([1, 3, "2 * n_jobs", "8 * n_jobs"]),
+            "depth": choice([1, 1, 1, 2]),
+            "pause": choice([0, 0, 0.003]),
+        }
+
+    def read(self, **run):
+        for _ in self.reading(**run):
+            pass
+
+    def reading(self, number, count, bad, backend, ending, ordered, depth, pause, **options):
+        """Read a run, and check it; a step for each of its results."""
+        drawn, received = [], []
+        if (ending, backend) in {("death", "threading"), ("exit", "loky")}:
+            ending = "error"
+        faults = {"error": "1 / 0", "exit": raising("SystemExit(3)"), "death": KILL}
+        stuck = await_path(self.folder / f"go{number}")
+
+        def tasks():
+            for task in range(count):
+                drawn.append((task, threading.get_ident()))
+                if task == bad and ending == "source":
+                    raise LookupError(task)
+                quick = f"(__import__('time').sleep({pause}), {task})[1]"
+                slow = stuck if ending == "timeout" else faults.get(ending, quick)
+                yield slow if task == bad else quick
+
+        options |= {
+            "backend": backend,
+            "return_as": "generator" if ordered else "generator_unordered",
+            "temp_folder": str(self.folder),
+            "timeout": 0.5 if ending == "timeout" else 100,
+        }
+        results = Joblib.setup(eval, tasks(), **options)
+        for _ in range(depth - 1):
+            results = Joblib.setup(operator.pos, results, **options)
+        workers, pre_dispatch = options["num_workers"], options["pre_dispatch"]
+        most = (eval(str(pre_dispatch), {"n_jobs": workers}) + workers) * options["batch_size"]
+        error = None
+        try:
+            for result in results:
+                received.append(result)
+                assert len(drawn) <= len(received) + most * depth
+                assert drawn[-1][1] == threading.get_ident()
+                yield
+                if len(received) > bad and ending in ("close", "drop", "cycle"):
+                    break
+        except BaseException as caught:
+            error = caught
+            if isinstance(caught, (AssertionError, GeneratorExit)):
+                raise
+        expected = {
+            "error": ZeroDivisionError,
+            "source": LookupError,
+            "exit": SystemExit,
+            "timeout": TimeoutError,
+            "death": BrokenExecutor,
+        }.get(ending) if bad < count else None
+        if not (self.is_deadly and backend == "loky" and isinstance(error, BrokenExecutor)):
+            assert isinstance(error, expected or type(None)), (expected, error)
+        if error is None and ending not in ("close", "drop", "cycle"):
+            assert len(received) == count
+        if ending == "source" and error is not None and backend != "loky":
+            assert len(received) == bad
+        in_order = [task for task in range(count) if task != bad or expected is None]
+        if ordered:
+            assert received == in_order[: len(received)]
+        else:
+            assert Counter(received) <= Counter(in_order)
+        if ending == "close":
+            results.close()
+        if ending == "cycle":
+            box = [results]
+            box.append(box)
+            del box
+        (self.folder / f"go{number}").touch()
+
+
+def soak(seed, count, folder):
+    """Run episodes with the seeds *seed*, *seed* + 1, ... and check what they leave."""
+    folder, files = Path(folder), None
+    for number in range(int(seed), int(seed) + int(count)):
+        print(number, end=" ", flush=True)
+        own = folder / str(number)
+        own.mkdir()
+        Episode(number, own).run()
+        gc.collect()
+        wait_until(lambda: not distributed._open_runs)
+        wait_until(lambda own=own: all(path.name.startswith("go") for path in own.iterdir()))
+        importlib.import_module("joblib.externals.loky").get_reusable_executor().shutdown(
+            kill_workers=True
+        )
+        wait_until(lambda: multiprocessing.active_children() == [])
+        wait_until(lambda: all("ForkPool" not in t.name for t in threading.enumerate()))
+        wait_until(lambda: threading.active_count() == 1)
+        shutil.rmtree(own)
+        files = files or len(os.listdir("/proc/self/fd")) + 4  # what starts once
+        wait_until(lambda: (gc.collect(), len(os.listdir("/proc/self/fd")) <= files)[1])
+    print("clean", flush=True)
+
+
+def soaked(folder, seed, count, environment=None):
+    """Return what `soak` prints, in a process of its own."""
+    command = [sys.executable, "-W", "error", "-X", "faulthandler", __file__, "soak"]
+    command[3:3] = ["-W", "ignore:.*multi-threaded, use of fork:DeprecationWarning"]
+    process = subprocess.Popen(
+        [*command, str(seed), str(count), str(folder)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        try:
+            return output_of(process)
+        finally:
+            process.kill()
+
+
+def test_a_short_soak(tmp_path):
+    assert soaked(tmp_path, seed=0, count=20).endswith("clean\n")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_long_soak(tmp_path):
+    seconds = float(os.environ.get("SOAK_SECONDS", "300"))
+    end, seed, count = time.monotonic() + seconds, time.time_ns() // 10**9 % 10**6 * 1000, 0
+    while time.monotonic() < end:
+        print(f"python test_distributed.py soak {seed + count} 20 FOLDER", flush=True)
+        assert soaked(tmp_path, seed + count, 20).endswith("clean\n")
+        count += 20
+    print(count, "episodes ran clean")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("backend", LOCAL)
+def test_two_hundred_interrupts(program, backend):
+    assert output_of(program(INTERRUPTED, backend, 200, 1)) == "200 interrupts, 0 left\n"
 
 
 # ------------------------------------------------------------------------------------------------
