@@ -30,9 +30,7 @@ Put the file inside a package: a top-level module called ``distributed`` hides t
 of that name in which Dask's scheduler lives.
 """
 
-# joblib ships no types, and classes are derived from its own at run time, which no type
-# checker can follow; and a batch that fails must be reported, whatever its error is.
-# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+# A batch that fails must be reported, whatever its error is:
 # ruff: noqa: BLE001
 
 from __future__ import annotations
@@ -46,7 +44,6 @@ import inspect
 import itertools
 import math
 import multiprocessing
-import multiprocessing.pool
 import multiprocessing.process
 import numbers
 import operator
@@ -65,10 +62,15 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
-import joblib  # type: ignore[import-untyped, unused-ignore]
-import joblib.parallel  # type: ignore[import-untyped, unused-ignore]
+if TYPE_CHECKING:
+    joblib: (
+        Any  # ships no types, and is mixed into at run time, which none could follow
+    )
+else:
+    import joblib
+    import joblib.parallel
 
 __all__ = ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
 __version__ = "1.1.0"
@@ -470,11 +472,11 @@ def _checked_num_workers(num_workers: int | None) -> int:
 
 
 def _is_number(value: Any, least: float) -> bool:
-    return isinstance(value, numbers.Real) and bool(value >= least)
+    return issubclass(type(value), numbers.Real) and bool(value >= least)
 
 
 # What joblib would notice late, or not at all, or report without naming the option.
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "idle_worker_timeout": (
         "a positive number of seconds or None",
         lambda value: value is None or _is_number(value, least=0.001),
@@ -555,7 +557,8 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
         raise TypeError(
             f"n_jobs={options['n_jobs']!r} is not an option: use num_workers"
         )
-    known, for_constructor = _option_names(type(backend), _mixin_for(backend))
+    kind: Any = type(backend)
+    known, for_constructor = _option_names(kind, _mixin_for(backend))
     for name, value in options.items():
         if name in for_constructor:
             raise TypeError(
@@ -575,13 +578,15 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
         _check_formula(formula, n_jobs)
     shares_memory = getattr(backend, "supports_sharedmem", False)
     if options.get("require") == "sharedmem" and not shares_memory:
-        kind = type(backend).__name__
-        raise ValueError(f"require='sharedmem' is more than {kind} can do")
+        raise ValueError(f"require='sharedmem' is more than {kind.__name__} can do")
 
 
-def _chosen_backend(backend: Any, hints: dict[str, Any]) -> Any:
+def _chosen_backend(options: dict[str, Any]) -> Any:
     """Return the joblib backend that `joblib.Parallel` would use; it may be shared."""
+    backend = options.pop("backend", None)
     if backend is None:
+        names = options.keys() & {"prefer", "require"}
+        hints = {name: options[name] for name in names}
         return joblib.parallel.get_active_backend(**hints)[0]
     if isinstance(backend, joblib.parallel.ParallelBackendBase):
         return backend
@@ -655,7 +660,7 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
         import pickle
         import traceback
 
-        import joblib
+        import joblib  # type: ignore[import-untyped, unused-ignore]
 
         def dump_by_value(value: Any) -> Any:
             wrapper = joblib.wrap_non_picklable_objects(value, keep_wrapper=False)
@@ -666,7 +671,8 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
         text = "".join(traceback.format_exception(kind, error, error.__traceback__))
         # Many a class cannot be called with the `args` that it has passed to its base, as
         # pickle would. What the built-in class underneath knows is sent instead, then.
-        builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+        bases: Any = kind.__mro__
+        builtin = next(base for base in bases if base.__module__ == "builtins")
         for form in (error, (builtin, *builtin.__reduce__(error))):
             # By value, a class may arrive as another one of the same name.
             for dump in (pickle.dumps, dump_by_value):
@@ -689,7 +695,7 @@ def _unpacked_error(data: bytes | None, summary: str, text: str) -> BaseExceptio
     except Exception:
         message = f"a task raised an exception that cannot be pickled: {summary}"
         error = RuntimeError(message)
-    error.__cause__ = multiprocessing.pool.RemoteTraceback(f'\n"""\n{text}"""')
+    error.__cause__ = _WorkerTraceback(f'\n"""\n{text}"""')
     return error
 
 
@@ -766,6 +772,10 @@ _RUN_BATCH_IN_THREAD = _SentByValue(_batch_runner(packs_errors=False))
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
     """No task completed in time. joblib's users catch the one, others the other."""
+
+
+class _WorkerTraceback(Exception):
+    """The text of the traceback of an error of a task, as the cause of that error."""
 
 
 class _OneWorker(Exception):
@@ -930,10 +940,7 @@ class _Run:
     def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
         n_jobs = _checked_num_workers(num_workers)
         options = dict(options)
-        hints = {
-            name: options[name] for name in ("prefer", "require") if name in options
-        }
-        backend = _chosen_backend(options.pop("backend", None), hints)
+        backend = _chosen_backend(options)
         _check_options(options, backend, n_jobs)
         self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
         self.timeout: float | None = options.pop("timeout", None)
@@ -994,9 +1001,9 @@ class _Run:
         callback, outcome = self.inbox.take(self.timeout, self.backend.fault)
         try:
             results, error = self.backend.results_of(outcome)
-        except BaseException as error:
+        except BaseException as fault:
             # Its traceback leads to the outcome. If that leads to it, they stay for long.
-            raise error.with_traceback(None) from error.__cause__
+            raise fault.with_traceback(None) from fault.__cause__
         if isinstance(error, tuple):
             error = _unpacked_error(*error)
         results.reverse()
@@ -1129,18 +1136,18 @@ def _spare_parent() -> None:
 def _spare_folders_of_parent() -> None:
     """Let a fork not delete the folders of memory-mapped arrays, as joblib would."""
     name = "register_folder_finalizer.<locals>._cleanup"
-    for function in gc.get_objects():
-        if type(function) is types.FunctionType and function.__qualname__.endswith(name):
-            folder = inspect.getclosurevars(function).nonlocals["pool_subfolder"]
+    for item in gc.get_objects():
+        if type(item) is types.FunctionType and item.__qualname__.endswith(name):
+            folder = inspect.getclosurevars(item).nonlocals["pool_subfolder"]
             if f"_{os.getpid()}_" not in folder:
-                atexit.unregister(function)
+                atexit.unregister(item)
 
 
 # --------------------------------------------------------------------------------------
 # joblib's backends, made consumer-driven.
 
 
-class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc, unused-ignore]
+class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     """Mixed into the class of a joblib backend: lets the consumer act on its reports.
 
     joblib calls the methods that have no docstring, in the consumer's thread.
@@ -1654,7 +1661,8 @@ class _ConsumerDrivenDask(_ConsumerDriven):
 
     def become(self, original: Any) -> None:
         # What it keeps of its calls must not be shared; what was scattered may be.
-        self.__init__(  # type: ignore[misc]
+        own: Any = self
+        own.__init__(
             client=_DaskClient(original.client, self.inbox),
             wait_for_workers_timeout=original.wait_for_workers_timeout,
             **original.submit_kwargs,
@@ -1723,7 +1731,7 @@ def _is_registered(backend: Any, name: str) -> bool:
     return isinstance(kind, type) and isinstance(backend, kind)
 
 
-def _mixin_for(backend: Any) -> type[_ConsumerDriven]:
+def _mixin_for(backend: Any) -> Any:
     if isinstance(backend, joblib.parallel.LokyBackend):
         return _ConsumerDrivenLoky
     if _is_registered(backend, "dask"):
@@ -1746,7 +1754,8 @@ def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
         raise ValueError(
             f"backend must tell when a batch has completed, got {backend!r}"
         )
-    own = object.__new__(_subclass(_mixin_for(backend), type(backend)))
+    kind: Any = type(backend)
+    own = object.__new__(_subclass(_mixin_for(backend), kind))
     vars(own).update(vars(backend))
     own.inbox, own.process = inbox, os.getpid()
     own.become(backend)

@@ -22,6 +22,7 @@ import resource
 import shutil
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -54,7 +55,9 @@ Joblib, SingleProcess = distributed.Joblib, distributed.SingleProcess
 
 pytestmark = [
     # CPython's advice, on each fork of multiprocessing, to a process that has threads.
-    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.*multi-threaded, use of fork:DeprecationWarning"
+    ),
 ]
 
 # ------------------------------------------------------------------------------------------------
@@ -76,7 +79,10 @@ def touch(path, number=0):
 
 def await_path(path, number=0):
     """An expression for *number*, as soon as there is a file at *path*."""
-    exists, sleep = f"__import__('os').path.exists({str(path)!r})", "__import__('time').sleep(0.01)"
+    exists, sleep = (
+        f"__import__('os').path.exists({str(path)!r})",
+        "__import__('time').sleep(0.01)",
+    )
     return f"([*iter(lambda: {exists} or {sleep}, True)], {number!r})[1]"
 
 
@@ -113,8 +119,7 @@ def collect(results, *errors):
     """Return what *results* yields, and what error of *errors* it ends with."""
     received = []
     try:
-        for result in results:
-            received.append(result)
+        received.extend(results)
     except errors as error:
         return received, error
     return received, None
@@ -174,7 +179,9 @@ def dask(tmp_path_factory):
 def ray(tmp_path_factory):
     ray = pytest.importorskip("ray")
     folder = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("ray"))  # Ray puts the folder on the path of its workers
+    os.chdir(
+        tmp_path_factory.mktemp("ray")
+    )  # Ray puts the folder on the path of its workers
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
@@ -205,7 +212,9 @@ def any_setup(request):
     return functools.partial(start(request, request.param), return_as="generator")
 
 
-@pytest.fixture(params=["loky", "multiprocessing", pytest.param("ray", marks=pytest.mark.engines)])
+@pytest.fixture(
+    params=["loky", "multiprocessing", pytest.param("ray", marks=pytest.mark.engines)]
+)
 def stoppable_setup(request):
     """`Joblib.setup` on backends whose workers can be stopped."""
     return start(request, request.param)
@@ -215,7 +224,9 @@ def stoppable_setup(request):
 # The interface
 
 
-@pytest.mark.parametrize("engine", [distributed.DistributedBackend, SingleProcess, Joblib])
+@pytest.mark.parametrize(
+    "engine", [distributed.DistributedBackend, SingleProcess, Joblib]
+)
 def test_signatures(engine):
     parameters = inspect.signature(engine.setup).parameters
     assert list(parameters) == ["task_func", "tasks", "num_workers", "kwargs"]
@@ -240,7 +251,10 @@ def test_annotations():
         "return": distributed.Generator[distributed.R, None, None],
     }
     for engine in (SingleProcess, Joblib):
-        assert typing.get_type_hints(engine.setup)["tasks"] == distributed.Iterable[distributed.T]
+        assert (
+            typing.get_type_hints(engine.setup)["tasks"]
+            == distributed.Iterable[distributed.T]
+        )
 
 
 def test_interface_is_abstract():
@@ -263,7 +277,12 @@ def test_get_backend_refuses(name):
 
 
 def test_public_names():
-    assert distributed.__all__ == ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
+    assert distributed.__all__ == [
+        "DistributedBackend",
+        "Joblib",
+        "SingleProcess",
+        "get_backend",
+    ]
     assert re.fullmatch(r"\d+\.\d+\.\d+", distributed.__version__)
 
 
@@ -336,7 +355,9 @@ def test_as_many_tasks_run_at_once_as_there_are_workers(setup, tmp_path):
 
 
 @pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
-@pytest.mark.parametrize(("batch_size", "pre_dispatch"), [(1, 1), (1, "2 * n_jobs"), (3, 5)])
+@pytest.mark.parametrize(
+    ("batch_size", "pre_dispatch"), [(1, 1), (1, "2 * n_jobs"), (3, 5)]
+)
 def test_bounded(setup, tmp_path, return_as, batch_size, pre_dispatch):
     drawn = []
 
@@ -346,7 +367,11 @@ def test_bounded(setup, tmp_path, return_as, batch_size, pre_dispatch):
             yield touch(tmp_path / str(task))
 
     results = setup(
-        eval, tasks(), return_as=return_as, batch_size=batch_size, pre_dispatch=pre_dispatch
+        eval,
+        tasks(),
+        return_as=return_as,
+        batch_size=batch_size,
+        pre_dispatch=pre_dispatch,
     )
     bound = (eval(str(pre_dispatch), {"n_jobs": 2}) + 2) * batch_size
     for handed_out in range(1, 13):
@@ -374,7 +399,7 @@ def test_ask_and_tell(setup):
 
 
 def test_a_result_is_not_held_back_by_slow_tasks(setup):
-    received = []
+    received = set()
 
     def tasks():
         yield from range(4)  # as many as are out at first
@@ -382,8 +407,8 @@ def test_a_result_is_not_held_back_by_slow_tasks(setup):
         yield 4
 
     for result in setup(abs, tasks(), batch_size=1):
-        received.append(result)
-    assert sorted(received) == [0, 1, 2, 3, 4]
+        received.add(result)
+    assert received == {0, 1, 2, 3, 4}
 
 
 def test_results_come_as_they_complete(setup, tmp_path):
@@ -397,7 +422,9 @@ def test_results_in_order(setup, tmp_path):
     # The first to complete is not the first in order.
     first, second = await_path(tmp_path / "go", 0), touch(tmp_path / "go", 1)
     tasks = [first, second, *map(value, range(2, 20))]
-    assert list(setup(eval, tasks, return_as="generator", batch_size=1)) == list(range(20))
+    assert list(setup(eval, tasks, return_as="generator", batch_size=1)) == list(
+        range(20)
+    )
 
 
 class CountingLoky(joblib.parallel.LokyBackend):
@@ -417,13 +444,17 @@ def test_batching_is_that_of_joblib():
     assert len(CountingLoky.submitted) < 4000
     assert max(CountingLoky.submitted) <= 8192  # joblib would go on, and take up memory
     CountingLoky.submitted.clear()
-    results = Joblib.setup(abs, range(70), num_workers=2, batch_size=7, backend=CountingLoky())
+    results = Joblib.setup(
+        abs, range(70), num_workers=2, batch_size=7, backend=CountingLoky()
+    )
     assert len(list(results)) == 70
     assert max(CountingLoky.submitted) == 7
 
 
 def test_an_error_of_a_task(any_setup):
-    results = any_setup(eval, [value(1), value(2), raising("KeyError('key', 3)"), value(4)])
+    results = any_setup(
+        eval, [value(1), value(2), raising("KeyError('key', 3)"), value(4)]
+    )
     received, error = collect(results, Exception)
     assert received == [1, 2]
     assert type(error) is KeyError
@@ -450,7 +481,9 @@ class FailingThreading(joblib.parallel.ThreadingBackend):
         self.taken += 1
         if self.taken > 4:
             raise OSError("no more")
-        return super().submit(func, lambda outcome: self.reported.append(callback(outcome)))
+        return super().submit(
+            func, lambda outcome: self.reported.append(callback(outcome))
+        )
 
 
 def test_an_error_of_the_backend_comes_after_what_was_received_before():
@@ -532,7 +565,12 @@ def test_runs_with_other_numbers_of_workers_overlap():
 
 
 def test_runs_with_other_options_overlap(tmp_path):
-    options = [{}, {"max_nbytes": None}, {"temp_folder": str(tmp_path)}, {"mmap_mode": "c"}]
+    options = [
+        {},
+        {"max_nbytes": None},
+        {"temp_folder": str(tmp_path)},
+        {"mmap_mode": "c"},
+    ]
     runs = [Joblib.setup(abs, range(100), num_workers=2, **more) for more in options]
     for _ in range(10):
         for run in runs:
@@ -551,7 +589,9 @@ def test_a_run_can_be_read_by_one_thread_after_another(setup):
     results = setup(abs, range(100))
     received = []
     for _ in range(10):
-        thread = threading.Thread(target=lambda: received.extend(itertools.islice(results, 9)))
+        thread = threading.Thread(
+            target=lambda: received.extend(itertools.islice(results, 9))
+        )
         thread.start()
         thread.join()
     received.extend(results)
@@ -587,7 +627,9 @@ def run_in_threads(count):
 
 
 def test_a_run_can_be_started_in_a_task():
-    results = Joblib.setup(run_in_threads, [10, 20, 30], num_workers=2, backend="threading")
+    results = Joblib.setup(
+        run_in_threads, [10, 20, 30], num_workers=2, backend="threading"
+    )
     assert sorted(results) == [45, 190, 435]
 
 
@@ -607,7 +649,9 @@ def disturb_by_timeout(setup, folder):
     (folder / "never").touch()  # where it cannot be stopped
 
 
-@pytest.mark.parametrize("disturb", [disturb_by_error, disturb_by_closing, disturb_by_timeout])
+@pytest.mark.parametrize(
+    "disturb", [disturb_by_error, disturb_by_closing, disturb_by_timeout]
+)
 @pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
 def test_runs_do_not_disturb_each_other(setup, tmp_path, disturb, return_as):
     tasks = [value(0), await_path(tmp_path / "go", 1), *map(value, range(2, 30))]
@@ -623,15 +667,21 @@ def test_runs_do_not_disturb_each_other(setup, tmp_path, disturb, return_as):
 def test_what_a_closed_run_has_queued_does_not_run(tmp_path):
     (tmp_path / "late").mkdir()
     stuck = [await_path(tmp_path / "go", task) for task in (1, 2)]
-    run = Joblib.setup(eval, [value(0), *stuck, "3", "4", "5"], num_workers=2, batch_size=1)
+    run = Joblib.setup(
+        eval, [value(0), *stuck, "3", "4", "5"], num_workers=2, batch_size=1
+    )
     received = [next(run)]
     # The pool takes few batches at a time. The others can still be called off.
     late = (touch(tmp_path / "late" / str(task)) for task in itertools.count())
-    closed = Joblib.setup(eval, late, num_workers=2, batch_size=1, pre_dispatch=50, timeout=0.2)
+    closed = Joblib.setup(
+        eval, late, num_workers=2, batch_size=1, pre_dispatch=50, timeout=0.2
+    )
     with pytest.raises(TimeoutError):
         next(closed)
     (tmp_path / "go").touch()
-    received.extend(itertools.islice(run, 5))  # the last of which were queued behind the late ones
+    received.extend(
+        itertools.islice(run, 5)
+    )  # the last of which were queued behind the late ones
     assert len(list((tmp_path / "late").iterdir())) < 20
     assert sorted(received) == [0, 1, 2, 3, 4, 5]
 
@@ -680,7 +730,13 @@ def leave_by_collection(results):
     gc.collect()
 
 
-LEAVE = [leave_by_break, leave_by_close, leave_by_del, leave_by_error, leave_by_collection]
+LEAVE = [
+    leave_by_break,
+    leave_by_close,
+    leave_by_del,
+    leave_by_error,
+    leave_by_collection,
+]
 
 
 @pytest.mark.parametrize("leave", LEAVE)
@@ -706,7 +762,11 @@ def test_leaving_is_silent_and_the_next_run_works(setup, leave, capfd):
 @pytest.mark.parametrize("pre_dispatch", [4, 8, 50])
 def test_leaving_is_silent_whatever_loky_has_queued(tmp_path, pre_dispatch, capfd):
     run = functools.partial(
-        Joblib.setup, eval, [block(tmp_path)] * 99, pre_dispatch=pre_dispatch, num_workers=2
+        Joblib.setup,
+        eval,
+        [block(tmp_path)] * 99,
+        pre_dispatch=pre_dispatch,
+        num_workers=2,
     )
     with pytest.raises(TimeoutError):
         next(run(timeout=0.2))
@@ -720,7 +780,9 @@ def test_leaving_a_chain_stops_all_of_it(tmp_path, backend, blocked, capfd):
     setup = functools.partial(Joblib.setup, num_workers=2, backend=backend)
     stuck = [block(tmp_path)] * 9
     # The outer run draws four tasks before it gives a result.
-    inner = [repr(value(1))] * 4 + (stuck if blocked == "inner" else [repr(task) for task in stuck])
+    inner = [repr(value(1))] * 4 + (
+        stuck if blocked == "inner" else [repr(task) for task in stuck]
+    )
 
     def run():  # holds the only references
         return setup(eval, setup(eval, inner, batch_size=1), batch_size=1)
@@ -841,7 +903,9 @@ def test_a_run_that_rests_survives_the_death_of_a_worker():
     _, error = collect(Joblib.setup(eval, [KILL] * 2, num_workers=2), BrokenExecutor)
     assert error is not None
     received, error = collect(resting, BrokenExecutor)
-    assert len(received) == 99 or error is not None  # it had work in the pool, or it had not
+    assert (
+        len(received) == 99 or error is not None
+    )  # it had work in the pool, or it had not
 
 
 def test_timeout(setup, tmp_path):
@@ -907,7 +971,9 @@ def test_hints_reach_joblib(options):
 def test_all_cores_are_the_default(monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     barrier = threading.Barrier(min(2, os.cpu_count()))
-    results = Joblib.setup(lambda task: barrier.wait(timeout=60), range(2), backend="threading")
+    results = Joblib.setup(
+        lambda task: barrier.wait(timeout=60), range(2), backend="threading"
+    )
     assert len(list(results)) == 2
 
 
@@ -930,7 +996,9 @@ def test_an_open_configuration_is_honoured():
 def test_an_open_configuration_gives_a_named_backend_its_options(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1, n_jobs=3):
-        results = Joblib.setup(os.getenv, ["OMP_NUM_THREADS"], backend="loky", num_workers=2)
+        results = Joblib.setup(
+            os.getenv, ["OMP_NUM_THREADS"], backend="loky", num_workers=2
+        )
     assert list(results) == ["1"]
 
 
@@ -967,14 +1035,18 @@ def test_a_registered_name(monkeypatch):
 
 def test_verbose_reaches_joblib(capfd):
     list(Joblib.setup(abs, range(3), num_workers=2, verbose=11))
-    assert "Using backend LokyBackend with 2 concurrent workers" in capfd.readouterr().err
+    assert (
+        "Using backend LokyBackend with 2 concurrent workers" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
 def test_large_arrays_are_mapped(backend, tmp_path):
     def mapped(**options):
         attributes = operator.attrgetter("mode", "filename")
-        ((mode, file),) = Joblib.setup(attributes, [array], 2, backend=backend, **options)
+        ((mode, file),) = Joblib.setup(
+            attributes, [array], 2, backend=backend, **options
+        )
         return mode, str(Path(file).parent.parent)
 
     array = numpy.zeros(300_000)
@@ -1004,19 +1076,39 @@ class Silent(joblib.parallel.ThreadingBackend):
         (TypeError, {"tasks": 5}, "tasks must be iterable, got 5"),
         (TypeError, {"tasks": numpy.array(5)}, "tasks must be iterable, got array(5)"),
         (ValueError, {"num_workers": 0}, "num_workers must not be 0"),
-        (TypeError, {"num_workers": 1.5}, "num_workers must be an integer or None, got 1.5"),
-        (TypeError, {"num_workers": "two"}, "num_workers must be an integer or None, got 'two'"),
+        (
+            TypeError,
+            {"num_workers": 1.5},
+            "num_workers must be an integer or None, got 1.5",
+        ),
+        (
+            TypeError,
+            {"num_workers": "two"},
+            "num_workers must be an integer or None, got 'two'",
+        ),
         (TypeError, {"n_jobs": 2}, "n_jobs=2 is not an option: use num_workers"),
         (ValueError, {"backend": "lokki"}, "got 'lokki'"),
         (ValueError, {"backend": 5}, "backend must be an instance or one of"),
         (ValueError, {"backend": ["loky"]}, "got ['loky']"),
-        (ValueError, {"backend": Silent()}, "backend must tell when a batch has completed"),
-        (ValueError, {"return_as": "list"}, "'generator_unordered' or 'generator', got 'list'"),
+        (
+            ValueError,
+            {"backend": Silent()},
+            "backend must tell when a batch has completed",
+        ),
+        (
+            ValueError,
+            {"return_as": "list"},
+            "'generator_unordered' or 'generator', got 'list'",
+        ),
         (ValueError, {"return_as": None}, "return_as must be"),
         (ValueError, {"timeout": -1}, "timeout must be a number of seconds"),
         (ValueError, {"timeout": "1"}, "got '1'"),
         (ValueError, {"timeout": float("nan")}, "got nan"),
-        (ValueError, {"batch_size": 0}, "batch_size must be 'auto' or a positive integer, got: 0"),
+        (
+            ValueError,
+            {"batch_size": 0},
+            "batch_size must be 'auto' or a positive integer, got: 0",
+        ),
         (ValueError, {"batch_size": "many"}, "got: 'many'"),
         (ValueError, {"pre_dispatch": 0}, "pre_dispatch must be"),
         (ValueError, {"pre_dispatch": "2 * n_cores"}, "got '2 * n_cores'"),
@@ -1052,11 +1144,15 @@ def test_bad_input_of_single_process_is_met_at_once(arguments):
 
 
 def test_a_formula_that_comes_to_nothing(monkeypatch):
-    with pytest.raises(ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"):
+    with pytest.raises(
+        ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"
+    ):
         Joblib.setup(abs, [1], num_workers=2, pre_dispatch="n_jobs - 2")
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     workers = joblib.cpu_count()
-    results = Joblib.setup(abs, [1], backend="threading", pre_dispatch=f"n_jobs - {workers}")
+    results = Joblib.setup(
+        abs, [1], backend="threading", pre_dispatch=f"n_jobs - {workers}"
+    )
     with pytest.raises(ValueError, match="pre_dispatch='n_jobs - 2' comes to 0"):
         next(results)
 
@@ -1089,7 +1185,9 @@ def test_what_cannot_be_pickled_is_an_error(pickling_setup, function, task):
     options=st.fixed_dictionaries(
         {},
         optional={
-            "backend": st.sampled_from(["loky", "threading", "multiprocessing", "sequential"]),
+            "backend": st.sampled_from(
+                ["loky", "threading", "multiprocessing", "sequential"]
+            ),
             "batch_size": st.sampled_from(["auto", 1, 3, 50]),
             "pre_dispatch": st.sampled_from(["all", 1, 3, "n_jobs", "3 * n_jobs"]),
             "return_as": st.sampled_from(["generator", "generator_unordered"]),
@@ -1105,7 +1203,9 @@ def test_any_options_give_the_results_of_map(tasks, num_workers, options):
         assert results == expected
     else:
         assert Counter(results) == Counter(expected)
-    assert list(SingleProcess.setup(abs, iter(tasks), num_workers, **options)) == expected
+    assert (
+        list(SingleProcess.setup(abs, iter(tasks), num_workers, **options)) == expected
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1170,11 +1270,23 @@ def failing(expression):
             (2, "is not there"),
             {"filename": "/nowhere", "errno": 2, "code": 4},
         ),
-        ("FileNotFoundError(2, 'gone', 'x')", "FileNotFoundError", (2, "gone"), {"filename": "x"}),
-        ("ExceptionGroup('g', [KeyError(1)])", "ExceptionGroup", None, {"message": "g"}),
+        (
+            "FileNotFoundError(2, 'gone', 'x')",
+            "FileNotFoundError",
+            (2, "gone"),
+            {"filename": "x"},
+        ),
+        (
+            "ExceptionGroup('g', [KeyError(1)])",
+            "ExceptionGroup",
+            None,
+            {"message": "g"},
+        ),
     ],
 )
-def test_an_error_comes_home(any_setup, expression, name, arguments, attributes, batch_size):
+def test_an_error_comes_home(
+    any_setup, expression, name, arguments, attributes, batch_size
+):
     if name == "ExceptionGroup" and sys.version_info < (3, 11):
         pytest.skip("a class of Python 3.11")
     tasks = [value(1), value(2), failing(expression), value(4)]
@@ -1260,7 +1372,9 @@ reciprocal_of = functools.partial(operator.truediv, 1)
     pre_dispatch=st.sampled_from(["all", 1, "2 * n_jobs"]),
 )
 def test_a_failing_task_costs_no_other_result(tasks, backend, batch_size, pre_dispatch):
-    expected, expected_error = collect(SingleProcess.setup(reciprocal_of, tasks), Exception)
+    expected, expected_error = collect(
+        SingleProcess.setup(reciprocal_of, tasks), Exception
+    )
     received, error = collect(
         Joblib.setup(
             reciprocal_of,
@@ -1306,7 +1420,11 @@ def test_a_result_that_cannot_be_unpickled_is_an_error(backend):
     tasks = ["__import__('operator').methodcaller('x')", value(1)]
     bad = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
     with pytest.raises(Exception, match=r"(?i)unpickled|un-serialize"):
-        list(Joblib.setup(eval, [*tasks, bad], num_workers=2, backend=backend, batch_size=1))
+        list(
+            Joblib.setup(
+                eval, [*tasks, bad], num_workers=2, backend=backend, batch_size=1
+            )
+        )
     assert sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend=backend)) == [1, 2]
 
 
@@ -1317,7 +1435,9 @@ def test_a_result_that_cannot_be_unpickled_is_an_error(backend):
 @pytest.mark.parametrize("death", [KILL, EXIT])
 def test_a_worker_of_a_pool_that_dies_is_an_error(death, capfd):
     tasks = [value(1), death, *map(value, range(20))]
-    results = Joblib.setup(eval, tasks, num_workers=2, backend="multiprocessing", batch_size=1)
+    results = Joblib.setup(
+        eval, tasks, num_workers=2, backend="multiprocessing", batch_size=1
+    )
     received, error = collect(results, BrokenExecutor)
     assert sorted(received) == sorted([1, *range(20)])
     assert "exit code" in str(error)
@@ -1363,7 +1483,9 @@ def test_dask_worker_that_dies(tmp_path):
 def test_dask_worker_that_dies_once_costs_nothing(dask, tmp_path, return_as):
     died = tmp_path / "died"
     tasks = list(map(value, range(40)))
-    tasks[5] = f"5 if __import__('os').path.exists({str(died)!r}) else ({touch(died)}, {KILL})"
+    tasks[5] = (
+        f"5 if __import__('os').path.exists({str(died)!r}) else ({touch(died)}, {KILL})"
+    )
     results = Joblib.setup(eval, tasks, backend="dask", return_as=return_as)
     assert sorted(results) == list(range(40))
     assert died.exists()
@@ -1373,7 +1495,9 @@ def test_dask_worker_that_dies_once_costs_nothing(dask, tmp_path, return_as):
 def test_dask_client_that_closes(tmp_path):
     pytest.importorskip("dask.distributed")
     with dask_client(tmp_path) as client:
-        results = Joblib.setup(eval, [value(1), *[await_path(tmp_path / "go")] * 9], backend="dask")
+        results = Joblib.setup(
+            eval, [value(1), *[await_path(tmp_path / "go")] * 9], backend="dask"
+        )
         assert next(results) == 1
         client.close()
         (tmp_path / "go").touch()
@@ -1402,7 +1526,9 @@ def test_dask_cluster_without_a_worker(tmp_path):
 @pytest.mark.engines
 def test_dask_options_of_an_open_configuration(dask, tmp_path):
     address, array = dask.scheduler.address, numpy.ones(1000)
-    with joblib.parallel_config(backend="dask", scheduler_host=address, scatter=[array]) as config:
+    with joblib.parallel_config(
+        backend="dask", scheduler_host=address, scatter=[array]
+    ) as config:
         results = Joblib.setup(numpy.sum, [array] * 4, backend="dask")
     assert list(results) == [1000] * 4
     config["backend"].client.close()
@@ -1416,7 +1542,9 @@ def test_dask_options_of_an_open_configuration(dask, tmp_path):
 @pytest.mark.engines
 def test_ray_worker_that_dies(ray):
     tasks = [value(1), value(2), KILL, *map(value, range(20))]
-    _, error = collect(Joblib.setup(eval, tasks, num_workers=2, backend="ray"), Exception)
+    _, error = collect(
+        Joblib.setup(eval, tasks, num_workers=2, backend="ray"), Exception
+    )
     assert isinstance(error, ray.exceptions.RayActorError)
     results = Joblib.setup(abs, range(10), num_workers=2, backend="ray")
     assert sorted(results) == list(range(10))
@@ -1560,7 +1688,9 @@ def test_reading_on_as_the_interpreter_exits_is_an_error(program):
         results = Joblib.setup(abs, range(100), num_workers=2, batch_size=1)
         next(results)
     """
-    assert output_of(program(source)) == "the run was ended, since the interpreter exits\n"
+    assert (
+        output_of(program(source)) == "the run was ended, since the interpreter exits\n"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT])
@@ -1720,7 +1850,9 @@ def test_an_error_that_leaves_nothing_out_leaves_the_workers():
 
 
 def workers_of_loky():
-    return [child.pid for child in multiprocessing.active_children() if "Loky" in child.name]
+    return [
+        child.pid for child in multiprocessing.active_children() if "Loky" in child.name
+    ]
 
 
 def test_an_error_of_a_run_in_a_task(program):
@@ -1744,7 +1876,9 @@ def test_an_error_of_a_run_in_a_task(program):
 
 @pytest.mark.parametrize("reader", ["main", "thread"])
 @pytest.mark.parametrize("collector", ["main", "thread"])
-def test_the_collector_does_not_decide_the_order(any_local_setup, reader, collector, capfd):
+def test_the_collector_does_not_decide_the_order(
+    any_local_setup, reader, collector, capfd
+):
     def run(function):
         thread = threading.Thread(target=function)
         thread.start()
@@ -1770,7 +1904,12 @@ def any_local_setup(request):
 def test_a_run_left_in_a_thread_that_has_ended_is_collected_in_silence(capfd):
     cycle = [
         Joblib.setup(
-            bytes, [4_000_000] * 60, 4, backend="multiprocessing", batch_size=3, pre_dispatch="all"
+            bytes,
+            [4_000_000] * 60,
+            4,
+            backend="multiprocessing",
+            batch_size=3,
+            pre_dispatch="all",
         )
     ]
     cycle.append(cycle)
@@ -1787,7 +1926,9 @@ BAD_RESULT = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
 DEADLY_RESULT = f"type('Bad', (), {{'__reduce__': lambda self: ({KILL}, 1)[1]}})()"
 
 
-@pytest.mark.parametrize("fault", [KILL, EXIT, BAD_RESULT, DEADLY_RESULT, raising("SystemExit()")])
+@pytest.mark.parametrize(
+    "fault", [KILL, EXIT, BAD_RESULT, DEADLY_RESULT, raising("SystemExit()")]
+)
 def test_a_pool_that_fails_leaves_nothing(tmp_path, fault):
     list(Joblib.setup(abs, [1], 2, backend="multiprocessing"))  # starts what stays
     threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
@@ -1874,7 +2015,9 @@ def test_the_error_of_a_dead_worker_is_shown_as_it_is():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_of_loky_that_dies_is_an_error(monkeypatch, tmp_path):
     process_executor = importlib.import_module("joblib.externals.loky.process_executor")
-    results = Joblib.setup(eval, [value(1), block(tmp_path), await_path(tmp_path / "go")], 2)
+    results = Joblib.setup(
+        eval, [value(1), block(tmp_path), await_path(tmp_path / "go")], 2
+    )
     assert next(results) == 1
     wait_until(lambda: pids_in(tmp_path))
     monkeypatch.setattr(process_executor, "wait", None)  # what that thread calls next
@@ -1992,7 +2135,8 @@ def uses_a_cluster(source):
 
 
 @pytest.mark.parametrize(
-    ("source", "output"), [example for example in EXAMPLES if not uses_a_cluster(example[0])]
+    ("source", "output"),
+    [example for example in EXAMPLES if not uses_a_cluster(example[0])],
 )
 def test_examples(program, source, output):
     assert output_of(program(source)) == output
@@ -2000,7 +2144,8 @@ def test_examples(program, source, output):
 
 @pytest.mark.engines
 @pytest.mark.parametrize(
-    ("source", "output"), [example for example in EXAMPLES if uses_a_cluster(example[0])]
+    ("source", "output"),
+    [example for example in EXAMPLES if uses_a_cluster(example[0])],
 )
 def test_examples_of_clusters(program, source, output):
     for name in ("dask.distributed", "ray"):
@@ -2018,7 +2163,18 @@ def test_examples_of_clusters(program, source, output):
 class Episode:
     """A few runs, each with an ending of its own, and what must hold of them."""
 
-    ENDINGS = ("all", "all", "close", "drop", "cycle", "error", "source", "exit", "timeout", "death")
+    ENDINGS = (
+        "all",
+        "all",
+        "close",
+        "drop",
+        "cycle",
+        "error",
+        "source",
+        "exit",
+        "timeout",
+        "death",
+    )
 
     def __init__(self, seed, folder):
         self.chance = random.Random(seed)
@@ -2027,7 +2183,9 @@ class Episode:
 
     def run(self):
         runs = [self.plan(number) for number in range(self.chance.choice([1, 1, 2, 3]))]
-        self.is_deadly = any(run["backend"] == "loky" and run["ending"] == "death" for run in runs)
+        self.is_deadly = any(
+            run["backend"] == "loky" and run["ending"] == "death" for run in runs
+        )
         if self.chance.random() < 0.5:
             with ThreadPoolExecutor(len(runs)) as threads:
                 for done in [threads.submit(self.read, **run) for run in runs]:
@@ -2060,7 +2218,9 @@ class Episode:
         for _ in self.reading(**run):
             pass
 
-    def reading(self, number, count, bad, backend, ending, ordered, depth, pause, **options):
+    def reading(
+        self, number, count, bad, backend, ending, ordered, depth, pause, **options
+    ):
         """Read a run, and check it; a step for each of its results."""
         drawn, received = [], []
         if (ending, backend) in {("death", "threading"), ("exit", "loky")}:
@@ -2087,7 +2247,9 @@ class Episode:
         for _ in range(depth - 1):
             results = Joblib.setup(operator.pos, results, **options)
         workers, pre_dispatch = options["num_workers"], options["pre_dispatch"]
-        most = (eval(str(pre_dispatch), {"n_jobs": workers}) + workers) * options["batch_size"]
+        most = (eval(str(pre_dispatch), {"n_jobs": workers}) + workers) * options[
+            "batch_size"
+        ]
         error = None
         try:
             for result in results:
@@ -2101,14 +2263,20 @@ class Episode:
             error = caught
             if isinstance(caught, (AssertionError, GeneratorExit)):
                 raise
-        expected = {
-            "error": ZeroDivisionError,
-            "source": LookupError,
-            "exit": SystemExit,
-            "timeout": TimeoutError,
-            "death": BrokenExecutor,
-        }.get(ending) if bad < count else None
-        if not (self.is_deadly and backend == "loky" and isinstance(error, BrokenExecutor)):
+        expected = (
+            {
+                "error": ZeroDivisionError,
+                "source": LookupError,
+                "exit": SystemExit,
+                "timeout": TimeoutError,
+                "death": BrokenExecutor,
+            }.get(ending)
+            if bad < count
+            else None
+        )
+        if not (
+            self.is_deadly and backend == "loky" and isinstance(error, BrokenExecutor)
+        ):
             assert isinstance(error, expected or type(None)), (expected, error)
         if error is None and ending not in ("close", "drop", "cycle"):
             assert len(received) == count
@@ -2138,17 +2306,24 @@ def soak(seed, count, folder):
         Episode(number, own).run()
         gc.collect()
         wait_until(lambda: not distributed._open_runs)
-        wait_until(lambda own=own: all(path.name.startswith("go") for path in own.iterdir()))
-        importlib.import_module("joblib.externals.loky").get_reusable_executor().shutdown(
-            kill_workers=True
+        wait_until(
+            lambda own=own: all(path.name.startswith("go") for path in own.iterdir())
         )
+        importlib.import_module(
+            "joblib.externals.loky"
+        ).get_reusable_executor().shutdown(kill_workers=True)
         wait_until(lambda: multiprocessing.active_children() == [])
         wait_until(lambda: all("ForkPool" not in t.name for t in threading.enumerate()))
         wait_until(lambda: threading.active_count() == 1)
         shutil.rmtree(own)
         files = files or len(os.listdir("/proc/self/fd")) + 4  # what starts once
-        wait_until(lambda: (gc.collect(), len(os.listdir("/proc/self/fd")) <= files)[1])
+        wait_until(functools.partial(has_few_files, files))
     print("clean", flush=True)
+
+
+def has_few_files(most):
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")) <= most
 
 
 def soaked(folder, seed, count, environment=None):
@@ -2177,7 +2352,11 @@ def test_a_short_soak(tmp_path):
 @pytest.mark.timeout(3600)
 def test_a_long_soak(tmp_path):
     seconds = float(os.environ.get("SOAK_SECONDS", "300"))
-    end, seed, count = time.monotonic() + seconds, time.time_ns() // 10**9 % 10**6 * 1000, 0
+    end, seed, count = (
+        time.monotonic() + seconds,
+        time.time_ns() // 10**9 % 10**6 * 1000,
+        0,
+    )
     while time.monotonic() < end:
         print(f"python test_distributed.py soak {seed + count} 20 FOLDER", flush=True)
         assert soaked(tmp_path, seed + count, 20).endswith("clean\n")
@@ -2189,7 +2368,9 @@ def test_a_long_soak(tmp_path):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("backend", LOCAL)
 def test_two_hundred_interrupts(program, backend):
-    assert output_of(program(INTERRUPTED, backend, 200, 1)) == "200 interrupts, 0 left\n"
+    assert (
+        output_of(program(INTERRUPTED, backend, 200, 1)) == "200 interrupts, 0 left\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2202,18 +2383,38 @@ def this_module():
 
 
 @contextlib.contextmanager
-def plain_joblib():
-    def run(function, tasks):
-        parallel = joblib.Parallel(n_jobs=2, return_as="generator_unordered")
-        return parallel(joblib.delayed(function)(task) for task in tasks)
+def in_order():
+    yield functools.partial(Joblib.setup, num_workers=2, return_as="generator")
 
-    yield run
+
+def generator_of_joblib():
+    return joblib.Parallel(n_jobs=2, return_as="generator_unordered")
+
+
+@contextlib.contextmanager
+def plain_joblib():
+    yield lambda function, tasks: generator_of_joblib()(
+        joblib.delayed(function)(task) for task in tasks
+    )
+
+
+@contextlib.contextmanager
+def delayed_once():
+    yield lambda function, tasks: generator_of_joblib()(
+        map(joblib.delayed(function), tasks)
+    )
 
 
 @contextlib.contextmanager
 def pool():
     with multiprocessing.Pool(2) as workers:
         yield workers.imap_unordered
+
+
+@contextlib.contextmanager
+def tuned_pool():
+    with multiprocessing.Pool(2) as workers:
+        yield functools.partial(workers.imap_unordered, chunksize=1000)
 
 
 @contextlib.contextmanager
@@ -2227,7 +2428,10 @@ def mpire():
     def run(function, tasks):
         return workers.imap_unordered(function, ((task,) for task in tasks))
 
-    with importlib.import_module("mpire").WorkerPool(2) as workers, warnings.catch_warnings():
+    with (
+        importlib.import_module("mpire").WorkerPool(2) as workers,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # it would rather know the number of tasks
         yield run
 
@@ -2250,13 +2454,16 @@ def plain_map():
 
 NAMES = {
     this_module: "this module",
+    in_order: "this module, in order",
     plain_joblib: "joblib",
-    pool: "Pool.imap_unordered",
-    executor: "ProcessPoolExecutor.map",
+    delayed_once: "joblib, `delayed` called once",
+    pool: "`Pool.imap_unordered`",
+    tuned_pool: "the same, `chunksize=1000`",
+    executor: "`ProcessPoolExecutor.map`",
     mpire: "mpire",
     limit: "two-core limit",
     single_process: "this module",
-    plain_map: "map",
+    plain_map: "`map`",
 }
 RIVALS = [this_module, plain_joblib, pool, executor, mpire]
 
@@ -2269,13 +2476,35 @@ def busy(milliseconds):
     return range(int(count * milliseconds / 1000 / fastest))
 
 
+trivial = inspect.isclass  # a function of a line of Python, which all can send
+
 WORKLOADS = {
-    "100,000 trivial tasks": lambda: (abs, range(100_000)),
-    "1 ms each": lambda: (sum, [busy(1)] * 1000),
-    "20 ms each": lambda: (sum, [busy(20)] * 250),
-    "uneven: one of 150 ms among 1 ms": lambda: (
-        sum,
-        [busy(1)] * 400 + [busy(150)] + [busy(1)] * 100,
+    "100,000 trivial tasks": (
+        lambda: (trivial, range(100_000)),
+        [
+            this_module,
+            in_order,
+            plain_joblib,
+            delayed_once,
+            pool,
+            tuned_pool,
+            executor,
+            mpire,
+        ],
+    ),
+    "1,000,000 trivial tasks": (
+        lambda: (trivial, range(1_000_000)),
+        [this_module, in_order, plain_joblib, delayed_once, tuned_pool, limit],
+    ),
+    "1 ms each": (lambda: (sum, [busy(1)] * 1000), [*RIVALS, limit]),
+    "20 ms each": (lambda: (sum, [busy(20)] * 250), [*RIVALS, limit]),
+    "uneven: one of 150 ms among 1 ms": (
+        lambda: (sum, [busy(1)] * 400 + [busy(150)] + [busy(1)] * 100),
+        [*RIVALS, limit],
+    ),
+    "100,000 trivial tasks, in one process": (
+        lambda: (trivial, range(100_000)),
+        [single_process, plain_map],
     ),
 }
 
@@ -2286,73 +2515,79 @@ def table():
     rows = {}
     yield rows
     columns = list(dict.fromkeys(NAMES.values()))
-    print("\n\n| " + " | ".join(["", *columns]) + " |\n" + "| --- " * (len(columns) + 1) + "|")
+    print(
+        "\n\n| "
+        + " | ".join(["", *columns])
+        + " |\n"
+        + "| --- " * (len(columns) + 1)
+        + "|"
+    )
     for title, row in rows.items():
-        print("| " + " | ".join([title, *(row.get(column, "") for column in columns)]) + " |")
-
-
-def add_ratio(table, title, contender, measured):
-    """Relate what was measured to this module, which comes first."""
-    row = table.setdefault(title, {})
-    row.setdefault("unit", measured)
-    row[NAMES[contender]] = f"{measured / row['unit']:.2f}"
-
-
-@pytest.mark.bench
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("contender", [*RIVALS, limit])
-@pytest.mark.parametrize("workload", WORKLOADS)
-def test_speed(benchmark, table, workload, contender):
-    benchmark.group = workload
-    function, tasks = WORKLOADS[workload]()
-    with contender() as run:
-        benchmark.pedantic(
-            lambda: collections.deque(run(function, iter(tasks)), maxlen=0),
-            rounds=5,
-            warmup_rounds=1,
+        print(
+            "| "
+            + " | ".join([title, *(row.get(column, "") for column in columns)])
+            + " |"
         )
-    add_ratio(table, workload, contender, benchmark.stats.stats.median)
+
+
+def take_turns(benchmark, table, title, contenders, measure, rounds):
+    """Measure each contender once a round; compare it with the first of the same round."""
+    times = {contender: [] for contender in contenders}
+    with contextlib.ExitStack() as stack:
+        runs = {contender: stack.enter_context(contender()) for contender in contenders}
+
+        def play_round():
+            for contender, run in runs.items():
+                times[contender].append(measure(run))
+
+        benchmark.group = title
+        benchmark.pedantic(play_round, rounds=rounds, warmup_rounds=1)
+    unit = times[contenders[0]]
+    for contender, measured in times.items():
+        ratios = map(operator.truediv, measured[1:], unit[1:])
+        table.setdefault(title, {})[NAMES[contender]] = (
+            f"{statistics.median(ratios):.2f}"
+        )
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("contender", RIVALS)
-def test_speed_of_the_first_result(benchmark, table, contender):
-    benchmark.group = "time to the first result"
-    results = iter(())
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("title", WORKLOADS)
+def test_speed(benchmark, table, title):
+    workload, contenders = WORKLOADS[title]
+    function, tasks = workload()
 
-    def finish():
-        collections.deque(results, maxlen=0)
+    def measure(run):
+        start = time.perf_counter()
+        collections.deque(run(function, iter(tasks)), maxlen=0)
+        return time.perf_counter() - start
 
-    def start():
-        nonlocal results
+    rounds = 30 if single_process in contenders else 7
+    take_turns(benchmark, table, title, contenders, measure, rounds)
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(1800)
+def test_speed_of_the_first_result(benchmark, table):
+    def measure(run):
+        start = time.perf_counter()
         results = iter(run(abs, iter(range(8))))
         next(results)
+        elapsed = time.perf_counter() - start
+        collections.deque(results, maxlen=0)
+        return elapsed
 
-    with contender() as run:
-        benchmark.pedantic(start, setup=finish, rounds=50, warmup_rounds=5)
-        finish()
-    add_ratio(table, benchmark.group, contender, benchmark.stats.stats.median)
-
-
-def same(task):
-    return task
+    take_turns(benchmark, table, "time to the first result", RIVALS, measure, rounds=30)
 
 
-@pytest.mark.bench
-@pytest.mark.parametrize("contender", [single_process, plain_map])
-def test_speed_of_single_process(benchmark, table, contender):
-    benchmark.group = "100,000 trivial tasks, in one process"
-    with contender() as run:
-        benchmark.pedantic(
-            lambda: collections.deque(run(same, iter(range(100_000))), maxlen=0),
-            rounds=50,
-            warmup_rounds=5,
-        )
-    add_ratio(table, benchmark.group, contender, benchmark.stats.stats.median)
+def limit_memory():
+    """What needs more than 4 GiB is not going to survive a long run."""
+    resource.setrlimit(resource.RLIMIT_DATA, [4 << 30] * 2)
 
 
 def measure_drawn(contender):
     """Count the tasks drawn ahead of ten results that are read slowly."""
+    limit_memory()
     drawn = 0
 
     def tasks():
@@ -2372,6 +2607,7 @@ def measure_drawn(contender):
 
 def measure_memory(contender, millions):
     """Measure the most memory that this process has had."""
+    limit_memory()
     with globals()[contender]() as run:
         collections.deque(run(abs, iter(range(int(millions) * 10**6))), maxlen=0)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
@@ -2381,14 +2617,12 @@ def measure_memory(contender, millions):
 def measure(*arguments):
     """Return what a function of this file prints in a process of its own, if it survives."""
     command = [sys.executable, __file__, *map(str, arguments)]
-    # What needs more than that is not going to survive a long run.
-    gibibytes, seconds = 4, 60
+    seconds = 60
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, [gibibytes << 30] * 2),
     ) as process:
 
         def kill():  # it and its workers
