@@ -1584,6 +1584,7 @@ def program(tmp_path):
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                start_new_session=True,
             )
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -2123,6 +2124,150 @@ def test_stopping_on_sigterm(program, tmp_path, backend):
     process.terminate()
     assert (*process.communicate(), process.returncode) == ("", "", 143)
     wait_until(lambda: not any(map(is_alive, pids_in(folder))))
+
+
+COMPARED = """
+    import contextlib, itertools, multiprocessing, pathlib, sqlite3, sys, time, warnings
+    from concurrent.futures import ProcessPoolExecutor
+    import joblib
+    from yourpackage.distributed import Joblib
+
+    def plain_joblib(function, tasks, **options):
+        parallel = joblib.Parallel(n_jobs=2, return_as="generator_unordered", **options)
+        return parallel(joblib.delayed(function)(task) for task in tasks)
+
+    def executor(function, tasks, batch_size=1, pre_dispatch=None):
+        workers = stack.enter_context(ProcessPoolExecutor(2))
+        return workers.map(function, tasks, chunksize=batch_size)
+
+    def pool(function, tasks, batch_size=1, pre_dispatch=None):
+        workers = stack.enter_context(multiprocessing.Pool(2))
+        return workers.imap_unordered(function, tasks, chunksize=batch_size)
+
+    def this_module(function, tasks, **options):
+        return Joblib.setup(function, tasks, num_workers=2, **options)
+
+    def cursor():
+        database = stack.enter_context(contextlib.closing(sqlite3.connect(":memory:")))
+        rows = "WITH RECURSIVE r(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM r WHERE n < 99) SELECT n FROM r"
+        return "works" if sum(run(sum, database.execute(rows))) == 4950 else "fails"
+
+    def chain():
+        return "works" if len(list(run(str, run(abs, range(200))))) == 200 else "fails"
+
+    def neighbour():
+        results = run(abs, range(100))
+        next(results)
+        with contextlib.suppress(ZeroDivisionError):
+            list(run(reciprocal, [0]))
+        return "works" if len(list(results)) == 99 else "fails"
+
+    def reciprocal(task):
+        return 1 / task
+
+    def slow_reader():
+        drawn = 0
+        def tasks():
+            nonlocal drawn
+            for drawn in range(1, 20_001):
+                yield drawn
+        results = run(abs, tasks())
+        for _ in range(5):
+            next(results)
+            time.sleep(0.2)
+        return "draws a few tasks ahead" if drawn < 100 else "draws all tasks"
+
+    def failing_source():
+        def tasks():
+            yield from range(10)
+            raise LookupError
+        received = []
+        with contextlib.suppress(LookupError):
+            received.extend(run(abs, tasks()))
+        return {10: "all 10 results first", 0: "no result"}.get(len(received), "loses results")
+
+    def left_loop():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in run(touch, range(1000)):
+                break
+        count = len(list(folder.iterdir()))
+        time.sleep(1)
+        goes_on = len(list(folder.iterdir())) > count + 10
+        return "warns" if caught else "goes on in the background" if goes_on else "stops, silently"
+
+    def touch(task):
+        time.sleep(0.01)
+        (folder / str(task)).touch()
+
+    def failing_task():
+        received = []
+        with contextlib.suppress(ZeroDivisionError):
+            tasks = [1, 2, 0, 4] * 2  # two batches
+            received.extend(run(reciprocal, tasks, batch_size=4, pre_dispatch="all"))
+        return f"{len(received)} of 2 results"
+
+    def no_pgrep():
+        for _ in run(abs, itertools.count()) if run is not executor else run(abs, range(100)):
+            break
+        return "works"
+
+    folder = pathlib.Path("folder")
+    if __name__ == "__main__":
+        folder.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            run = globals()[sys.argv[2]]
+            try:
+                print(globals()[sys.argv[1]](), flush=True)
+            except Exception as error:
+                print(type(error).__name__, flush=True)
+"""
+
+PEERS = ["plain_joblib", "executor", "pool", "this_module"]
+SITUATIONS = {
+    "a database cursor as tasks": "cursor",
+    "one run feeds another": "chain",
+    "another run fails meanwhile": "neighbour",
+    "a reader slower than the workers": "slow_reader",
+    "a source that fails after 10 tasks": "failing_source",
+    "a loop left by `break`": "left_loop",
+    "the third task of a batch fails": "failing_task",
+    "`break` in a container without `pgrep`": "no_pgrep",
+}
+
+
+def cells_of_readme():
+    for line in README.read_text().splitlines():
+        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if title in SITUATIONS:
+            for peer, cell in zip(PEERS, cells, strict=True):
+                yield SITUATIONS[title], peer, cell
+
+
+def test_all_situations_are_compared():
+    assert len(list(cells_of_readme())) == len(SITUATIONS) * len(PEERS)
+
+
+@pytest.mark.parametrize(("situation", "peer", "expected"), list(cells_of_readme()))
+def test_what_the_readme_says_of_others(
+    program, tmp_path, monkeypatch, situation, peer, expected
+):
+    if situation == "no_pgrep":
+        (tmp_path / "psutil.py").write_text("raise ImportError")
+        monkeypatch.setenv("PATH", str(tmp_path))
+    process = program(COMPARED, situation, peer, warnings="default")
+    try:
+        output, errors = process.communicate(timeout=8 if expected == "hangs" else None)
+        output = output.strip()
+    except subprocess.TimeoutExpired:
+        output = "hangs"
+        # Its workers, too, which would wait for it for long.
+        os.killpg(process.pid, signal.SIGKILL)
+    if expected == "may lose results":
+        assert output in ("loses results", "all 10 results first")
+    else:
+        assert output == expected, errors
+    assert peer != "this_module" or errors == ""
 
 
 EXAMPLES = re.findall(
