@@ -220,8 +220,8 @@ class Joblib(DistributedBackend):
 
     *Bounded.* At most *pre_dispatch* batches, and as many more as there are workers, have
     been drawn beyond the results handed out, however slow the consumer and however many
-    tasks there are. With ``batch_size=1`` and a small *pre_dispatch* that is close enough
-    for tasks that depend on earlier results.
+    tasks there are. With ``batch_size=1`` and a small *pre_dispatch*, tasks can depend on
+    earlier results.
 
     >>> def tasks():
     ...     for task in itertools.count():
@@ -243,9 +243,10 @@ class Joblib(DistributedBackend):
     []
 
     *The caller's thread.* *tasks* is advanced only inside ``next()``, in the thread that
-    calls it. A database cursor or a context variable can feed it.
+    calls it. Tasks may come from a database cursor, or depend on context variables.
 
-    *Composable.* Runs can be chained, interleaved, overlapped and started inside a task.
+    *Composable.* Runs can be chained, interleaved, overlapped and started inside a task
+    (where joblib's default is threads).
 
     >>> absolute = Joblib.setup(abs, [-1, -2, -3], num_workers=2)
     >>> sorted(Joblib.setup(str, absolute, num_workers=2))
@@ -254,8 +255,9 @@ class Joblib(DistributedBackend):
     *Independent.* A run that fails, times out or is closed does not disturb another run.
 
     *Nothing is lost.* Whatever results were received before an error are handed out
-    first. An error of a task costs no other result of its batch; an error of *tasks* is
-    raised when the results of all that it did yield are out.
+    first. An error of a task costs no earlier result of its batch (later tasks of it are
+    not run); an error of *tasks* is raised when the results of all that it did yield are
+    out.
 
     >>> def failing():
     ...     yield -1
@@ -268,8 +270,9 @@ class Joblib(DistributedBackend):
     Traceback (most recent call last):
     LookupError: no more tasks
 
-    *No hang.* A worker process that dies is an error, and so is a thread of the backend
-    that dies. In a fork of a process that has used loky, loky is an error.
+    *No hang.* A worker process that dies is an error, and so is the death of the thread
+    that manages loky's workers. To use loky in a fork of a process that has used it is a
+    `RuntimeError`.
 
     *Self-contained.* Workers are sent one function of this module, by value. They import
     the module only if that of *task_func* does.
@@ -290,7 +293,11 @@ class Joblib(DistributedBackend):
       same is true of Dask's workers, which are threads.
     - With `multiprocessing`, a worker's death is noticed within about a second, and only
       when no other task completes. An interrupt while it starts may leave workers.
-    - Of a batch with a result that cannot be pickled, no result arrives.
+    - Of a batch with a result that cannot be pickled, or a task that raises what is no
+      `Exception`, such as `SystemExit`, no result arrives. With ``return_as="generator"``,
+      results behind one that is missing are lost with it.
+    - To close a run in a thread that is not the last to have read it does not wait for
+      its workers to stop; elsewhere, that wait ends after 10 seconds.
     - An error of *tasks* that is no `Exception`, such as `KeyboardInterrupt`, is raised
       at once.
     """
@@ -378,7 +385,7 @@ class Joblib(DistributedBackend):
             At once, if an argument is not as said here, or if the package of *backend* is
             missing or hidden; the message names the argument and shows the value.
         TimeoutError
-            From the generator, after *timeout*; a `multiprocessing.TimeoutError`, too.
+            From the generator, after *timeout*; also a `multiprocessing.TimeoutError`.
         concurrent.futures.BrokenExecutor
             From the generator, if a worker process of loky or `multiprocessing` dies. Of
             Dask, it is a ``KilledWorker``; of Ray, a ``RayActorError``.
@@ -393,7 +400,7 @@ class Joblib(DistributedBackend):
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
-        """Do nothing, which joblib does not need; may be called at any time, or never.
+        """Do nothing: joblib needs no shutdown. May be called at any time, or never.
 
         loky's worker processes stay for the next run, and leave when idle for 300 seconds.
 
@@ -523,7 +530,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 def _check_formula(formula: str, n_jobs: int) -> None:
     """Raise an error if joblib can make no number of batches of *formula*."""
-    workers = n_jobs if n_jobs > 1 else 64  # as many as that, if it is not known
+    workers = n_jobs if n_jobs > 1 else 64  # stands for a number that is not known yet
     try:
         value = joblib.parallel.eval_expr(formula.replace("n_jobs", str(workers)))
         batches = int(value)
@@ -764,10 +771,13 @@ _RUN_BATCH_IN_THREAD = _SentByValue(_batch_runner(packs_errors=False))
 # thread, one step at a time; that makes runs bounded, composable and lossless. However a
 # run is left, what it has started is ended in a thread of its own (_Run.end).
 #
-# Of joblib this uses what backends of third parties are written against (joblib.parallel,
-# the methods and attributes of backends, BatchedCalls.items) and, of joblib's Dask
-# backend, the futures it waits for and the data it has scattered. All that has been the
-# same from joblib 1.5.0 to 1.6.0.
+# Of joblib this uses what backends of third parties are written against: joblib.parallel
+# with its tables of backends and eval_expr, the methods and attributes of backends, and
+# BatchedCalls.items. Besides: of its Dask backend the futures it waits for and the data
+# it has scattered; what wrap_non_picklable_objects reduces to; of its vendored loky the
+# names of its threads and processes, ShutdownExecutorError, get_reusable_executor and
+# the class Popen; that its pool makes the pipe of the tasks first; and the name of one
+# exit handler (_spare_folders_of_parent). All of it is the same from 1.5.0 to 1.6.0.
 
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
@@ -783,11 +793,11 @@ class _OneWorker(Exception):
 
 
 class _RunEnded(BaseException):
-    """Thrown into joblib's generator to end it: close() would make it warn."""
+    """Thrown into joblib's generator to end it without the warning of close()."""
 
 
 class _Failure:
-    """In place of what a backend reports of a batch: an error, to be raised in turn."""
+    """An error in place of the outcome of a batch; raised when its turn comes."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -805,7 +815,7 @@ _WAIT_SLICE = 0.5
 def _one_by_one(
     task_func: Callable[[T], R], tasks: Iterator[T]
 ) -> Generator[R, None, None]:
-    """Yield results as `map` would, which would take a StopIteration for the end."""
+    """Yield results like `map`, but a StopIteration of *task_func* is an error."""
     for task in tasks:
         yield task_func(task)
 
@@ -825,7 +835,7 @@ class _Source:
         self.is_exhausted = False
 
     def draw(self) -> Generator[Any, None, None]:
-        """Yield the tasks. Keep back their error, for which joblib drops results."""
+        """Yield the tasks. Keep their error, for which joblib would drop results."""
         try:
             yield from itertools.chain(self.tasks)  # not to be closed along with this
         except Exception as error:
@@ -1124,7 +1134,7 @@ def _register_before_exit(function: Callable[[], object]) -> None:
 
 
 def _spare_parent() -> None:
-    """In a fork, keep what it has inherited from ending the runs of its parent at exit."""
+    """In a fork: disown what the parent's runs have, so that its exit spares that."""
     if _open_runs or _loky_process is not None:
         # Private, but multiprocessing (to Python 3.14 at least) does so only in forks of
         # its own: others would stop its worker processes, or fail to wait for them.
@@ -1210,8 +1220,8 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         before = self.wanted_batch_size
         size = self.wanted_batch_size = super().compute_batch_size()
         if size > before and self.last_duration < 0.01:
-            # joblib makes batches twice as large, however short they are. Of those that
-            # take next to no time, it is told how long one of that size would have taken.
+            # joblib doubles the size at each step. If a batch takes next to no time, it is
+            # told how long one of the new size would take, and takes the next step, too.
             super().batch_completed(size, self.last_duration * size / before)
             self.wanted_batch_size = super().compute_batch_size()
         return min(self.wanted_batch_size, _LARGEST_BATCH)
@@ -1274,9 +1284,10 @@ class _LokyPool:
     joblib resizes or replaces the pool for each run that starts, and kills it for each
     that is left. Here a pool in which another run has work is left as it is.
 
-    Nor does loky ever get more batches than its queue to the workers holds. Its manager
-    thread (loky of joblib 1.5.0 to 1.6.0) dies of a KeyError if the pool is killed while
-    there are others. So the rest is kept here until batches complete.
+    loky moves what is submitted into a call queue, from which the workers take it; the
+    future is then "running". If the pool is killed while there is more than that queue
+    holds, loky's manager thread dies of a KeyError (joblib 1.5.0 to 1.6.0). So loky never
+    gets more: the rest is kept here until batches complete.
 
     All methods are called with the lock held, but for `notice`. loky's manager thread
     never takes the lock, since whoever kills the pool holds it and waits for that thread.
@@ -1309,10 +1320,10 @@ class _LokyPool:
         others = self.busy_runs() - {run}
         if others:
             run.settings = next(iter(others)).settings
+        # loky would wait for the end of what ended runs have left before it changes the
+        # pool, and joblib does not change the folder of a pool.
         elif self.settings is not None and (
-            # loky would wait for the end of what ended runs have left, and
             self.unfinished()
-            # joblib does not change the folder of a pool.
             or self.settings.options.get("temp_folder")
             != run.settings.options.get("temp_folder")
         ):
@@ -1343,12 +1354,12 @@ class _LokyPool:
     def feed(self) -> None:
         """Give loky what is kept as batches complete, while the consumer is elsewhere."""
         while True:
-            self.completions.get()
             with self.lock:
                 self.hand_over_kept()
                 if not self.kept:
                     self.feeder = None
                     return
+            self.completions.get()
 
     def notice(self, run: _ConsumerDrivenLoky, job: Future[Any]) -> None:
         """Take note, in loky's manager thread, that a batch of *run* has completed."""
@@ -1376,7 +1387,7 @@ class _LokyPool:
             return
         if settings is not run.settings:
             run.use_pool(settings)  # it has been changed since
-        # As said above: all that loky has must have arrived in the queue of the workers.
+        # As said above: all that loky has must have arrived in its call queue.
         while _is_loky_running() and not all(
             job.running() or job.done() for job in self.unfinished()
         ):
@@ -1457,6 +1468,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
     )
     settings: _PoolSettings  # what this run wants of the pool, or has found
+    has_pool = False
     has_broken = False  # the pool, while it had work of this run
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
@@ -1469,8 +1481,8 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 "process by 'spawn', or use backend='multiprocessing' or 'threading'"
             )
         self.parallel = parallel
-        # Two for a worker on each core are certain to fit into loky's queue; if there are
-        # more workers than cores, the pool may have grown, but its queue has not.
+        # Two for a worker on each core are certain to fit into loky's call queue. If there
+        # are more workers than cores, the pool may have grown, but its queue has not.
         most_batches = max(workers, 2 * min(workers, joblib.cpu_count()))
         self.settings = _PoolSettings(
             workers,
@@ -1488,6 +1500,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         self.inner_max_num_threads = settings.inner_max_num_threads
         self.backend_kwargs = settings.backend_kwargs
         super().configure(settings.n_jobs, self.parallel, **settings.options)
+        self.has_pool = True
 
     def hand_over(self, batch: Any, report: Callable[[Any], None]) -> None:
         with _loky_pool.lock:
@@ -1522,6 +1535,8 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         return super().results_of(outcome)
 
     def fault(self) -> Exception | None:
+        with _loky_pool.lock:
+            _loky_pool.hand_over_kept()  # in case no thread could be started for that
         if _is_loky_running():
             return None
         return RuntimeError("loky has stopped working: its manager thread has died")
@@ -1530,26 +1545,24 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         _let_loky_kill()
         super().abort()
 
-    def abort(self) -> None:
-        _loky_pool.remove(self)
-
     def clean_up(self) -> None:
-        if hasattr(self, "settings"):  # or else it never got as far as the pool
-            # An AttributeError: it was interrupted on its way to it.
-            with _loky_pool.lock, contextlib.suppress(AttributeError):
-                super().clean_up()
+        if hasattr(self, "settings"):  # or else it was interrupted before
+            with _loky_pool.lock:
+                _loky_pool.remove(self)
+                if self.has_pool:
+                    self.finish()
 
 
 # ---- multiprocessing -----------------------------------------------------------------
 
 
 class _PoolContext:
-    """A multiprocessing context that knows what the pool that is made with it is made of.
+    """A multiprocessing context that records what a pool makes with it.
 
-    `multiprocessing.Pool` takes no notice of a worker that dies, nor its result thread of
-    a result that it cannot unpickle: it dies. And when the pool terminates a worker that
-    has one of its locks, or is in the middle of a message, or handles SIGTERM, it waits
-    for it for ever.
+    `multiprocessing.Pool` (of Python 3.10 to 3.14) does not report that a worker has
+    died, and its result thread dies of a result that it cannot unpickle. When the pool
+    terminates a worker that has one of its locks, or is in the middle of a message, or
+    handles SIGTERM, it waits for ever.
     """
 
     def __init__(self, context: Any, inbox: _Inbox) -> None:
@@ -1574,15 +1587,14 @@ class _PoolContext:
         reader, writer = self.context.Pipe(duplex)
         self.pipes.append((reader, writer))
         if len(self.pipes) == 2:
-            reader.recv = functools.partial(self.receive, reader.recv)
+            reader.recv = functools.partial(self.receive, reader.recv_bytes)
         return reader, writer
 
-    def receive(self, recv: Callable[[], Any]) -> Any:
+    def receive(self, recv_bytes: Callable[[], bytes]) -> Any:
         """Receive a result in the pool's result thread, which survives a bad one."""
+        data = recv_bytes()
         try:
-            return recv()
-        except (EOFError, OSError):
-            raise
+            return pickle.loads(data)
         except Exception as error:
             failure = pickle.UnpicklingError(f"a result cannot be unpickled: {error!r}")
             failure.__cause__ = error
@@ -1590,8 +1602,9 @@ class _PoolContext:
             return None, None, None  # a result of no job that the pool knows of
 
     def exit_codes(self) -> list[int]:
-        """Return those of workers that have died."""
-        return [process.exitcode for process in self.processes if process.exitcode]
+        """Return those of workers that have ended."""
+        codes = [process.exitcode for process in self.processes]
+        return [code for code in codes if code is not None]
 
     def kill(self) -> None:
         for process in self.processes:
@@ -1602,7 +1615,7 @@ class _PoolContext:
         """Kill the workers, and free the pool's threads from waiting for them."""
         self.kill()
         for lock in self.locks:
-            # Whoever waits must be woken again, if it was a worker that was, and died.
+            # A worker may have died with it, or just when it was woken to have it.
             lock.acquire(block=False)
             with contextlib.suppress(ValueError):  # it has been released meanwhile
                 lock.release()
@@ -1625,19 +1638,27 @@ class _ConsumerDrivenPool(_ConsumerDriven):
     more_options = frozenset(
         ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
     ) | {"maxtasksperchild"}
-    context: _PoolContext
+    context: _PoolContext | None = None
+    parallel_options: dict[str, Any]
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
         context = options.get("context") or multiprocessing.get_context()
         self.context = options["context"] = _PoolContext(context, self.inbox)
+        self.parallel_options = options
         return super().configure(n_jobs, parallel, **options)
 
     def fault(self) -> Exception | None:
-        exit_codes = self.context.exit_codes()
+        exit_codes = self.context.exit_codes() if self.context else []
+        if self.parallel_options.get("maxtasksperchild") is not None:
+            exit_codes = [code for code in exit_codes if code != 0]
         message = f"a worker process has died, with exit code {exit_codes}"
         return BrokenExecutor(message) if exit_codes else None
 
     def finish(self) -> None:
+        context = self.context
+        if context is None:
+            return  # it was interrupted before there was a pool
+
         def terminate() -> None:
             # What it makes of the loss of its pipes is no matter.
             with contextlib.suppress(Exception):
@@ -1648,9 +1669,9 @@ class _ConsumerDrivenPool(_ConsumerDriven):
             thread.join(timeout=0.5)
             deadline = time.monotonic() + 5
             while thread.is_alive() and time.monotonic() < deadline:
-                self.context.break_off()
+                context.break_off()
                 thread.join(timeout=0.05)
-        self.context.forget()
+        context.forget()
 
 
 # ---- Dask ----------------------------------------------------------------------------

@@ -1128,6 +1128,13 @@ class Silent(joblib.parallel.ThreadingBackend):
         (ValueError, {"require": "speed"}, "require=speed"),
         (ValueError, {"backend": "loky", "require": "sharedmem"}, "require"),
         (ValueError, {"prefer": "processes", "require": "sharedmem"}, "prefer"),
+        (ValueError, {"initializer": 5}, "initializer must be callable or None, got 5"),
+        (ValueError, {"initargs": 5}, "initargs must be a tuple, got 5"),
+        (
+            TypeError,
+            {"inner_max_num_threads": 1},
+            "put it into joblib.parallel_config(backend=..., inner_max_num_threads=...)",
+        ),
         (TypeError, {"bacth_size": 1}, "unknown option bacth_size=1: expected one of"),
     ],
 )
@@ -1415,24 +1422,41 @@ def test_verbose_with_one_worker(capfd):
     assert "Done   2 out of   2" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("reduced", ["(int, ('x',))", "(open, ('/nowhere',))"])
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
-def test_a_result_that_cannot_be_unpickled_is_an_error(backend):
-    tasks = ["__import__('operator').methodcaller('x')", value(1)]
-    bad = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
+def test_a_result_that_cannot_be_unpickled_is_an_error(backend, reduced):
+    bad = f"type('Bad', (), {{'__reduce__': lambda self: {reduced}}})()"
+    setup = functools.partial(Joblib.setup, num_workers=2, backend=backend)
     with pytest.raises(Exception, match=r"(?i)unpickled|un-serialize"):
-        list(
-            Joblib.setup(
-                eval, [*tasks, bad], num_workers=2, backend=backend, batch_size=1
-            )
-        )
-    assert sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend=backend)) == [1, 2]
+        list(setup(eval, [value(1), bad], batch_size=1))
+    assert sorted(setup(abs, [-1, -2])) == [1, 2]
+
+
+def test_workers_of_a_pool_may_be_replaced():
+    results = Joblib.setup(
+        abs, range(20), 2, backend="multiprocessing", batch_size=1, maxtasksperchild=3
+    )
+    assert sorted(results) == list(range(20))
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_an_initializer_prepares_each_worker(backend):
+    results = Joblib.setup(
+        os.getenv,
+        ["PREPARED"] * 9,
+        2,
+        backend=backend,
+        initializer=exec,
+        initargs=("import os; os.environ['PREPARED'] = 'yes'",),
+    )
+    assert set(results) == {"yes"}
 
 
 # ------------------------------------------------------------------------------------------------
 # What is particular to an engine
 
 
-@pytest.mark.parametrize("death", [KILL, EXIT])
+@pytest.mark.parametrize("death", [KILL, EXIT, EXIT.replace("7", "0")])
 def test_a_worker_of_a_pool_that_dies_is_an_error(death, capfd):
     tasks = [value(1), death, *map(value, range(20))]
     results = Joblib.setup(
