@@ -1328,6 +1328,8 @@ class _LokyPool:
             != run.settings.options.get("temp_folder")
         ):
             self.kill(run)
+        if self.settings is None:
+            run.settings = run.settings._replace()  # an object of its own for each pool
         run.use_pool(run.settings)
         self.settings = run.settings
 
@@ -1361,10 +1363,14 @@ class _LokyPool:
                     return
             self.completions.get()
 
-    def notice(self, run: _ConsumerDrivenLoky, job: Future[Any]) -> None:
+    def notice(
+        self, run: _ConsumerDrivenLoky, settings: _PoolSettings, job: Future[Any]
+    ) -> None:
         """Take note, in loky's manager thread, that a batch of *run* has completed."""
         if not job.cancelled() and isinstance(job.exception(), BrokenExecutor):
-            run.has_broken, self.settings = True, None
+            run.has_broken = True
+            if self.settings is settings:  # or else there is another pool by now
+                self.settings = None
         if self.feeder is not None:
             self.completions.put(None)
 
@@ -1512,16 +1518,20 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
 
         def completed(job: Future[Any]) -> None:
             report(job)
-            _loky_pool.notice(self, job)
+            _loky_pool.notice(self, settings, job)
 
         _let_loky_kill()
         try:
             if self.settings is not _loky_pool.settings:
                 _loky_pool.join(self)  # another run has changed it since
+            settings = self.settings
             try:
                 job = super().hand_over(batch, completed)
             except (BrokenExecutor, _loky("process_executor").ShutdownExecutorError):
-                _loky_pool.join(self)  # a worker has died, or somebody else has shut it
+                # A worker has died, or somebody else has shut the pool down.
+                _loky_pool.settings = None
+                _loky_pool.join(self)
+                settings = self.settings
                 job = super().hand_over(batch, completed)
             _loky_pool.out[job] = self
         except Exception as error:

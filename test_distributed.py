@@ -2255,7 +2255,7 @@ SITUATIONS = {
     "a reader slower than the workers": "slow_reader",
     "a source that fails after 10 tasks": "failing_source",
     "a loop left by `break`": "left_loop",
-    "the third task of a batch fails": "failing_task",
+    "results before the failing one of its batch": "failing_task",
     "`break` in a container without `pgrep`": "no_pgrep",
 }
 
@@ -2731,7 +2731,7 @@ def test_speed(benchmark, table, title):
         collections.deque(run(function, iter(tasks)), maxlen=0)
         return time.perf_counter() - start
 
-    rounds = 30 if single_process in contenders else 7
+    rounds = 30 if single_process in contenders else 5
     take_turns(benchmark, table, title, contenders, measure, rounds)
 
 
