@@ -485,8 +485,8 @@ def _is_number(value: Any, least: float) -> bool:
 # What joblib would notice late, or not at all, or report without naming the option.
 _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "idle_worker_timeout": (
-        "a positive number of seconds or None",
-        lambda value: value is None or _is_number(value, least=0.001),
+        "a positive number of seconds, within a life, or None",
+        lambda value: value is None or (_is_number(value, least=0.001) and value < 1e9),
     ),
     "initargs": ("a tuple", lambda value: isinstance(value, tuple)),
     "initializer": (
@@ -663,6 +663,7 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
 
     def pack(error: Exception) -> tuple[bytes | None, str, str]:
         """Return *error* pickled in a form that survives, its summary, its traceback."""
+        import builtins
         import contextlib
         import pickle
         import traceback
@@ -673,13 +674,19 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
             wrapper = joblib.wrap_non_picklable_objects(value, keep_wrapper=False)
             return wrapper.__reduce__()[1][0]
 
-        kind = type(error)
-        summary = "".join(traceback.format_exception_only(kind, error)).strip()
-        text = "".join(traceback.format_exception(kind, error, error.__traceback__))
+        def show(lines: Any, *more: Any) -> str:
+            try:
+                return "".join(lines(kind, error, *more)).strip()
+            except Exception:  # as its own methods may fail
+                return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
+
+        kind: Any = type(error)
+        summary = show(traceback.format_exception_only)
+        text = show(traceback.format_exception, error.__traceback__)
         # Many a class cannot be called with the `args` that it has passed to its base, as
         # pickle would. What the built-in class underneath knows is sent instead, then.
-        bases: Any = kind.__mro__
-        builtin = next(base for base in bases if base.__module__ == "builtins")
+        bases = [base for base in kind.__mro__ if base in vars(builtins).values()]
+        builtin: Any = bases[0]
         for form in (error, (builtin, *builtin.__reduce__(error))):
             # By value, a class may arrive as another one of the same name.
             for dump in (pickle.dumps, dump_by_value):
@@ -702,7 +709,9 @@ def _unpacked_error(data: bytes | None, summary: str, text: str) -> BaseExceptio
     except Exception:
         message = f"a task raised an exception that cannot be pickled: {summary}"
         error = RuntimeError(message)
-    error.__cause__ = _WorkerTraceback(f'\n"""\n{text}"""')
+    # As `raise ... from` would, though the class may refuse an assignment.
+    set_cause: Any = BaseException.__cause__
+    set_cause.__set__(error, _WorkerTraceback(f'\n"""\n{text}\n"""'))
     return error
 
 
@@ -710,7 +719,8 @@ def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any
     """Make an error of class *kind* by the methods of its built-in base class alone."""
     error = builtin.__new__(kind, *args)
     builtin.__init__(error, *args)
-    builtin.__setstate__(error, state)
+    for name, value in (state or {}).items():
+        object.__setattr__(error, name, value)  # also if the class is frozen
     return error
 
 
@@ -853,18 +863,21 @@ def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
         if not run.start(source, tasks):
             yield from run.one_by_one(source)
             return
+        error: BaseException | None = None
         with run.backend.waiting():
             while run.inbox.expected:
                 callback, results, error = run.next_batch()
                 while results:
                     yield results.pop()  # hold on to none that has been handed out
                 if error is not None:
-                    try:
-                        raise error
-                    finally:
-                        del error  # its traceback refers to this frame
+                    break
                 # Not before: tasks may be slow to draw, or depend on those results.
                 run.advance(callback)
+        if error is not None:
+            try:
+                raise error  # not inside `with`, which not every class would bear
+            finally:
+                del error  # its traceback refers to this frame
         if source.error is not None:
             raise source.error
         if not source.is_exhausted:
@@ -973,6 +986,7 @@ class _Run:
     def start(self, source: _Source, tasks: Generator[Any, None, None]) -> bool:
         """Let joblib draw and submit the first tasks, if there are workers for them."""
         self.backend.source = weakref.ref(source)
+        self.backend.process = os.getpid()
         with self.working():
             self.ended.clear()
             _open_runs.add(self)
@@ -1319,7 +1333,7 @@ class _LokyPool:
         """Make the pool the one that *run* wants, or let it share that of a busy run."""
         others = self.busy_runs() - {run}
         if others:
-            run.settings = next(iter(others)).settings
+            run.settings = self.settings or next(iter(others)).settings
         # loky would wait for the end of what ended runs have left before it changes the
         # pool, and joblib does not change the folder of a pool.
         elif self.settings is not None and (
@@ -1788,6 +1802,6 @@ def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
     kind: Any = type(backend)
     own = object.__new__(_subclass(_mixin_for(backend), kind))
     vars(own).update(vars(backend))
-    own.inbox, own.process = inbox, os.getpid()
+    own.inbox = inbox
     own.become(backend)
     return own

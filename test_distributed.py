@@ -1241,6 +1241,19 @@ class NotFound(FileNotFoundError):
         super().__init__(2, "is not there", path)
         self.code = code
 
+class Frozen(Exception):
+    def __init__(self, *, code):
+        super().__init__(code)
+        object.__setattr__(self, "code", code)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+class Unshown(NameError):
+    @property
+    def name(self):
+        raise KeyError("name")
+
 class Locked(Exception):
     def __init__(self, message):
         import threading
@@ -1271,6 +1284,8 @@ def failing(expression):
         ("Doubled(3)", "Doubled", ("failed with 3",), {}),
         ("Shy(1, 2)", "Shy", (1, 2), {}),
         ("Falsy('nothing')", "Falsy", ("nothing",), {}),
+        ("Frozen(code=4)", "Frozen", (4,), {"code": 4}),
+        ("Unshown('what')", "Unshown", ("what",), {}),
         (
             "NotFound('/nowhere', 4)",
             "NotFound",
@@ -1305,7 +1320,7 @@ def test_an_error_comes_home(
         assert getattr(error, attribute) == expected
     # Of a false exception, Python itself does not show the cause.
     shown = [str(error.__cause__), *traceback.format_tb(error.__traceback__)]
-    assert "fail_deep_down" in "".join(shown)
+    assert "fail_deep_down" in "".join(shown) or name == "Unshown"
 
 
 def test_an_error_that_cannot_be_sent_is_shown(pickling_setup):
@@ -2108,6 +2123,45 @@ def test_a_fork(program, backend):
     else:
         assert second == "45"
     assert third == "99"
+
+
+def test_a_run_may_be_started_in_a_fork(program):
+    source = """
+        import multiprocessing, os, sys, warnings
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            for backend in ("threading", "multiprocessing"):
+                results = Joblib.setup(abs, range(9), num_workers=2, backend=backend)
+                if os.fork() == 0:
+                    print(sum(results), multiprocessing.active_children(), flush=True)
+                    os._exit(0)
+                os.wait()
+    """
+    assert output_of(program(source)) == "36 []\n36 []\n"
+
+
+def test_a_run_that_starts_shares_the_pool_as_it_is(tmp_path):
+    setup = functools.partial(Joblib.setup, batch_size=1)
+    resting = [setup(abs, range(99), num_workers=2) for _ in range(4)]
+    for run in resting:
+        next(run)
+    stuck = [touch(tmp_path / "started"), *[await_path(tmp_path / "go")] * 9]
+    full = setup(eval, stuck, num_workers=3, pre_dispatch="all")
+    next(full)
+    readers = [
+        threading.Thread(target=collections.deque, args=(run,)) for run in resting
+    ]
+    for reader in readers:
+        reader.start()  # what they submit is kept back
+    wait_until(lambda: len(distributed._loky_pool.kept) >= 4)
+    with pytest.raises(TimeoutError):
+        next(setup(abs, range(9), num_workers=2, timeout=1))
+    (tmp_path / "go").touch()
+    for reader in readers:
+        reader.join()
+    assert len(list(full)) == 9
 
 
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
