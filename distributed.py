@@ -974,8 +974,8 @@ class _Run:
             return_as="generator_unordered",
             **options,
         )
-        # joblib's generator. As long as _open_runs refers to it, the garbage collector
-        # cannot close it, which would make it warn.
+        # joblib's generator. Until the run has ended, weakref.finalize (in _results) and
+        # _open_runs keep it from the garbage collector, which would make it warn.
         self.output: Generator[Any, None, None] | None = None
         self.reader: threading.Thread | None = None
         self.is_at_work = False

@@ -1853,22 +1853,24 @@ def test_leaving_while_much_is_queued(leaving, task):
 
 def test_leaving_while_other_threads_compute(program):
     source = """
-        import itertools, os, threading
+        import itertools, threading
         from yourpackage.distributed import Joblib
 
         def compute():
-            while True:
+            while not done:
                 pass
 
         if __name__ == "__main__":
-            for _ in range(3):
-                threading.Thread(target=compute, daemon=True).start()
+            done = False
+            threads = [threading.Thread(target=compute) for _ in range(3)]
+            for thread in threads:
+                thread.start()
             for _ in range(3):
                 results = Joblib.setup(abs, itertools.count(), num_workers=2)
                 next(results)
                 results.close()
-            print("left", flush=True)
-            os._exit(0)
+            done = True
+            print("left")
     """
     assert output_of(program(source)) == "left\n"
 
@@ -2335,16 +2337,17 @@ def test_what_the_readme_says_of_others(
         monkeypatch.setenv("PATH", str(tmp_path))
     process = program(COMPARED, situation, peer, warnings="default")
     try:
-        output, errors = process.communicate(timeout=8 if expected == "hangs" else None)
+        output, errors = process.communicate(timeout=8 if "hang" in expected else None)
         output = output.strip()
     except subprocess.TimeoutExpired:
         output = "hangs"
         # Its workers, too, which would wait for it for long.
         os.killpg(process.pid, signal.SIGKILL)
-    if expected == "may lose results":
-        assert output in ("loses results", "all 10 results first")
-    else:
-        assert output == expected, errors
+    possible = {
+        "may lose results": ("loses results", "all 10 results first"),
+        "may hang": ("hangs", "works"),
+    }
+    assert output in possible.get(expected, (expected,)), errors
     assert peer != "this_module" or errors == ""
 
 
