@@ -65,9 +65,8 @@ from concurrent.futures import BrokenExecutor, Future
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 if TYPE_CHECKING:
-    joblib: (
-        Any  # ships no types, and is mixed into at run time, which none could follow
-    )
+    # It ships no types, and is mixed into at run time, which no checker could follow.
+    joblib: Any
 else:
     import joblib
     import joblib.parallel
@@ -1171,6 +1170,13 @@ def _spare_folders_of_parent() -> None:
 # joblib's backends, made consumer-driven.
 
 
+# What pools of processes take besides what the signatures of joblib's backends tell of.
+_POOL_OPTIONS = frozenset(
+    ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
+)
+
+
+# To a type checker the base could be anything: hence the "ignore".
 class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     """Mixed into the class of a joblib backend: lets the consumer act on its reports.
 
@@ -1205,9 +1211,8 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         try:
             return self.hand_over(func, report)
         except Exception as error:
-            report(
-                _Failure(error)
-            )  # to be raised after the results that came before it
+            # To be raised after the results that came before it.
+            report(_Failure(error))
             return None
 
     def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
@@ -1484,9 +1489,7 @@ def _kill(process: Any) -> None:
 class _ConsumerDrivenLoky(_ConsumerDriven):
     """Shares loky's pool with the other runs of the process. See _LokyPool."""
 
-    more_options = frozenset(
-        ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
-    )
+    more_options = _POOL_OPTIONS
     settings: _PoolSettings  # what this run wants of the pool, or has found
     has_pool = False
     has_broken = False  # the pool, while it had work of this run
@@ -1659,9 +1662,7 @@ class _PoolContext:
 class _ConsumerDrivenPool(_ConsumerDriven):
     """Makes up for what `multiprocessing.Pool` does not notice. See _PoolContext."""
 
-    more_options = frozenset(
-        ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
-    ) | {"maxtasksperchild"}
+    more_options = _POOL_OPTIONS | {"maxtasksperchild"}
     context: _PoolContext | None = None
     parallel_options: dict[str, Any]
 

@@ -1884,17 +1884,18 @@ def test_batches_are_handed_over_while_the_consumer_is_elsewhere(tmp_path):
 
 
 def test_an_error_that_leaves_nothing_out_leaves_the_workers():
-    setup = functools.partial(Joblib.setup, num_workers=2)
-    before = set(setup(eval, [PID] * 9))
-    _, error = collect(setup(eval, ["1 / 0"]), ZeroDivisionError)
+    assert len(list(Joblib.setup(abs, range(9), num_workers=2))) == 9
+    workers = workers_of_loky()
+    _, error = collect(Joblib.setup(eval, ["1 / 0"], num_workers=2), ZeroDivisionError)
     assert error is not None
-    assert set(setup(eval, [PID] * 9)) <= before | set(workers_of_loky())
+    assert list(Joblib.setup(abs, [], num_workers=2)) == []
+    assert workers_of_loky() == workers
 
 
 def workers_of_loky():
-    return [
+    return {
         child.pid for child in multiprocessing.active_children() if "Loky" in child.name
-    ]
+    }
 
 
 def test_an_error_of_a_run_in_a_task(program):
