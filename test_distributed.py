@@ -2237,11 +2237,11 @@ COMPARED = """
         return "works" if len(list(run(str, run(abs, range(200))))) == 200 else "fails"
 
     def neighbour():
-        results = run(abs, range(100))
+        results = run(touch, range(200))
         next(results)
         with contextlib.suppress(ZeroDivisionError):
             list(run(reciprocal, [0]))
-        return "works" if len(list(results)) == 99 else "fails"
+        return "works" if len(list(results)) == 199 else "fails"
 
     def reciprocal(task):
         return 1 / task
@@ -2270,12 +2270,18 @@ COMPARED = """
     def left_loop():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            # Not about a thread of numpy's that is just ending when Python forks.
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
             for _ in run(touch, range(1000)):
                 break
+        if caught:
+            return "warns"
         count = len(list(folder.iterdir()))
-        time.sleep(1)
-        goes_on = len(list(folder.iterdir())) > count + 10
-        return "warns" if caught else "goes on in the background" if goes_on else "stops, silently"
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            if len(list(folder.iterdir())) > count + 10:
+                return "goes on in the background"
+        return "stops, silently"
 
     def touch(task):
         time.sleep(0.01)
