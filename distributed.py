@@ -3,10 +3,10 @@
 This file is meant to be copied: it needs Python 3.10 or newer, joblib 1.5 or newer and
 nothing else. `__version__`, below, tells whether there is a newer one where it comes from.
 
-An engine is picked by name. Whatever the engine, results come from a generator:
+A backend is picked by name. Whichever it is, results come from a generator:
 
->>> engine = get_backend("single_process")
->>> for result in engine.setup(abs, [-1, -2, -3]):
+>>> backend = get_backend("single_process")
+>>> for result in backend.setup(abs, [-1, -2, -3]):
 ...     print(result)
 1
 2
@@ -19,8 +19,8 @@ to share out.
 "joblib" (`Joblib`) runs them on all cores; through joblib also in threads, or on a Dask
 or Ray cluster. Take it for everything else. Results come as they complete:
 
->>> engine = get_backend("joblib")
->>> sorted(engine.setup(abs, [-1, -2, -3]))
+>>> backend = get_backend("joblib")
+>>> sorted(backend.setup(abs, [-1, -2, -3]))
 [1, 2, 3]
 
 Both are lazy, take endless tasks, agree on errors and can be left at any time. The class
@@ -79,11 +79,11 @@ R = TypeVar("R")
 
 
 class DistributedBackend(ABC):
-    """Abstract base class of the engines: the interface that each of them implements.
+    """Abstract base class of the backends: the interface that each of them implements.
 
     Each has a strategy of its own, from one process that runs tasks sequentially to many
     that run them in parallel. Both methods are static, so that a class serves as well as
-    an instance. An engine of your own implements the two:
+    an instance. A backend of your own implements the two:
 
     >>> class Backwards(DistributedBackend):
     ...     @staticmethod
@@ -111,7 +111,7 @@ class DistributedBackend(ABC):
         num_workers: int | None = None,
         **kwargs: Any,
     ) -> Generator[R, None, None]:
-        """Run *task_func* on every one of *tasks*, in the way of the engine.
+        """Run *task_func* on every one of *tasks*, in the way of the backend.
 
         Parameters
         ----------
@@ -122,7 +122,7 @@ class DistributedBackend(ABC):
         num_workers : int, optional
             Number of worker processes or threads. Default: the most that are available.
         **kwargs
-            Options of the engine.
+            Options of the backend.
 
         Returns
         -------
@@ -133,13 +133,13 @@ class DistributedBackend(ABC):
     @staticmethod
     @abstractmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
-        """Release what the engine keeps between runs."""
+        """Release what the backend keeps between runs."""
 
 
 class SingleProcess(DistributedBackend):
     """Runs tasks one after another in this process.
 
-    The simplest engine: for debugging, and for work that does not call for parallel
+    The simplest backend: for debugging, and for work that does not call for parallel
     execution.
     """
 
@@ -199,7 +199,7 @@ class SingleProcess(DistributedBackend):
             From the generator, if *task_func* raises `StopIteration`, which becomes its
             cause: out of a generator it would look like the end of the results.
         """
-        return _one_by_one(task_func, _checked_call(task_func, tasks))
+        return _one_by_one(task_func, _checked_tasks(task_func, tasks))
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
@@ -394,7 +394,7 @@ class Joblib(DistributedBackend):
             is put together again without its ``__init__``, or else is a `RuntimeError`
             that shows it, as a `StopIteration` always is.
         """
-        source = _Source(task_func, _checked_call(task_func, tasks))
+        source = _Source(task_func, _checked_tasks(task_func, tasks))
         return _results(_Run(num_workers, kwargs), source)
 
     @staticmethod
@@ -414,7 +414,7 @@ def get_backend(backend_name: Literal["joblib"]) -> Joblib: ...
 @overload
 def get_backend(backend_name: str) -> DistributedBackend: ...
 def get_backend(backend_name: str) -> DistributedBackend:
-    """Return an engine by its name.
+    """Return a backend by its name.
 
     >>> isinstance(get_backend("joblib"), Joblib)
     True
@@ -451,7 +451,7 @@ def get_backend(backend_name: str) -> DistributedBackend:
 # clearly by itself, when its Parallel is made, is left to it.
 
 
-def _checked_call(task_func: Callable[[T], R], tasks: Iterable[T]) -> Iterator[T]:
+def _checked_tasks(task_func: Callable[[T], R], tasks: Iterable[T]) -> Iterator[T]:
     """Return an iterator over *tasks*, of which nothing has been drawn."""
     if not callable(task_func):
         raise TypeError(f"task_func must be callable, got {task_func!r}")
@@ -723,26 +723,20 @@ def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any
     return error
 
 
-class _SentByValue:
+class _SentByValue(functools.partial[Any]):
     """A function that pickles by value on every backend, and only once, which is slow."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __reduce__(self) -> Any:
-        return self.reduced
 
     @functools.cached_property
     def reduced(self) -> Any:
         wrap = joblib.wrap_non_picklable_objects
-        return wrap(self.function, keep_wrapper=False).__reduce__()
+        return wrap(self.func, keep_wrapper=False).__reduce__()
+
+    def __reduce__(self) -> Any:
+        return self.reduced
 
 
 _RUN_BATCH = _SentByValue(_batch_runner(packs_errors=True))
-_RUN_BATCH_IN_THREAD = _SentByValue(_batch_runner(packs_errors=False))
+_RUN_BATCH_IN_THREAD = _batch_runner(packs_errors=False)
 
 
 # --------------------------------------------------------------------------------------
@@ -843,18 +837,26 @@ class _Source:
         self.error: Exception | None = None
         self.is_exhausted = False
 
-    def draw(self) -> Generator[Any, None, None]:
-        """Yield the tasks. Keep their error, for which joblib would drop results."""
-        try:
-            yield from itertools.chain(self.tasks)  # not to be closed along with this
-        except Exception as error:
-            self.error = error
-        self.is_exhausted = True
+    def draw(self, run: _Run) -> Generator[Iterator[Any], None, None]:
+        """Yield the tasks, as many at a time as joblib takes: one by one costs thrice.
+
+        Keep their error, for which joblib would drop the tasks drawn just before it.
+        """
+        while not self.is_exhausted:
+            count = run.draw_count()
+            drawn: deque[Any] = deque()
+            try:
+                drawn.extend(itertools.islice(self.tasks, count))
+            except Exception as error:
+                self.error = error
+            self.is_exhausted = len(drawn) < count
+            # joblib keeps this for long, but none of the tasks that it has taken.
+            yield map(deque.popleft, itertools.repeat(drawn, len(drawn)))
 
 
 def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
     """Yield the results of a run: what `Joblib.setup` returns."""
-    tasks = source.draw()
+    tasks = source.draw(run)
     # Also if an interrupt keeps this from reaching its end.
     end = weakref.finalize(tasks, run.end)
     end.atexit = False  # _end_open_runs does that
@@ -978,7 +980,7 @@ class _Run:
         self.output: Generator[Any, None, None] | None = None
         self.reader: threading.Thread | None = None
         self.is_at_work = False
-        self.is_ending = threading.Lock()  # once locked, never unlocked
+        self.end_once = threading.Lock()  # once locked, never unlocked
         self.ended = threading.Event()
         self.ended.set()
 
@@ -993,11 +995,20 @@ class _Run:
             # joblib keeps this iterator, which must not refer to the tasks.
             drawn = map(next, itertools.repeat(weakref.proxy(tasks)))
             try:
-                self.output = self.parallel(drawn)
+                self.output = self.parallel(itertools.chain.from_iterable(drawn))
             except _OneWorker:
                 _open_runs.discard(self)
                 self.ended.set()
         return not self.ended.is_set()
+
+    def draw_count(self) -> int:
+        """Return how many tasks joblib will certainly draw at once."""
+        if self.output is None and self.parallel.pre_dispatch != "all":
+            return 1  # as the run starts, pre_dispatch may be less than a batch
+        size = self.parallel.batch_size
+        return self.backend.workers * (
+            self.backend.effective_batch_size if size == "auto" else size
+        )
 
     def one_by_one(self, source: _Source) -> Iterator[Any]:
         """Return the results as one worker makes them."""
@@ -1060,7 +1071,7 @@ class _Run:
         """
         if self.ended.is_set() or self.backend.process != os.getpid():
             return
-        if self.is_ending.acquire(blocking=False):
+        if self.end_once.acquire(blocking=False):
             _call_in_thread(self.clean_up)
         me = threading.current_thread()
         is_busy = any(run.is_at_work and run.reader is me for run in list(_open_runs))
@@ -1189,6 +1200,8 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
     source: Callable[[], _Source]  # a weak reference
     process: int  # whose workers are to be stopped, not those of a fork of it
     was_interrupted = False  # while the engine was given something to do
+    workers: int  # as joblib is told
+    effective_batch_size = 1
     wanted_batch_size: int = 1  # by joblib's own reckoning
     last_duration: float = math.inf
 
@@ -1199,7 +1212,8 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
             workers = 1
         if workers == 1:
             raise _OneWorker
-        return int(workers)
+        self.workers = int(workers)
+        return self.workers
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         report = self.inbox.expect(callback)
@@ -1209,13 +1223,13 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         run_batch = _RUN_BATCH_IN_THREAD if in_thread else _RUN_BATCH
         func.items = [(run_batch, (self.source().task_func, *func.items), {})]
         try:
-            return self.hand_over(func, report)
+            return self.submit_to_engine(func, report)
         except Exception as error:
             # To be raised after the results that came before it.
             report(_Failure(error))
             return None
 
-    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
+    def submit_to_engine(self, batch: Any, report: Callable[[Any], None]) -> Any:
         """Give a batch to the engine, which is to call *report* when it has completed."""
         return super().submit(batch, callback=report)
 
@@ -1243,7 +1257,8 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
             # told how long one of the new size would take, and takes the next step, too.
             super().batch_completed(size, self.last_duration * size / before)
             self.wanted_batch_size = super().compute_batch_size()
-        return min(self.wanted_batch_size, _LARGEST_BATCH)
+        self.effective_batch_size = min(self.wanted_batch_size, _LARGEST_BATCH)
+        return self.effective_batch_size
 
     def batch_completed(self, batch_size: int, duration: float) -> None:
         if batch_size == _LARGEST_BATCH < self.wanted_batch_size:
@@ -1270,7 +1285,7 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
     def finish(self) -> None:
         super().terminate()
 
-    def become(self, original: Any) -> None:
+    def separate_from(self, original: Any) -> None:
         """Take over what must not be shared with *original*, of which this is a copy."""
         if hasattr(self, "reset_batch_stats"):
             self.reset_batch_stats()  # those of another run
@@ -1291,7 +1306,7 @@ class _PoolSettings(NamedTuple):
     """What a run asks of loky's pool."""
 
     n_jobs: int
-    most_batches: int
+    capacity: int
     options: dict[str, Any]
     inner_max_num_threads: int | None
     backend_kwargs: dict[str, Any]
@@ -1317,7 +1332,7 @@ class _LokyPool:
         self.settings: _PoolSettings | None = None  # None: there is no pool we know of
         self.runs: set[_ConsumerDrivenLoky] = set()  # those that have not been ended
         self.out: dict[Future[Any], _ConsumerDrivenLoky] = {}  # what loky has
-        self.kept: deque[tuple[_ConsumerDrivenLoky, Any, Callable[[Any], None]]] = (
+        self.backlog: deque[tuple[_ConsumerDrivenLoky, Any, Callable[[Any], None]]] = (
             deque()
         )
         self.feeder: threading.Thread | None = None
@@ -1331,7 +1346,7 @@ class _LokyPool:
         """Return the runs that wait for results. What ended runs have left is not theirs."""
         return self.runs & {
             *self.unfinished().values(),
-            *(item[0] for item in self.kept),
+            *(item[0] for item in self.backlog),
         }
 
     def join(self, run: _ConsumerDrivenLoky) -> None:
@@ -1352,32 +1367,32 @@ class _LokyPool:
         run.use_pool(run.settings)
         self.settings = run.settings
 
-    def add(
+    def enqueue(
         self, run: _ConsumerDrivenLoky, batch: Any, report: Callable[[Any], None]
     ) -> None:
-        self.kept.append((run, batch, report))
-        self.hand_over_kept()
-        if self.kept and self.feeder is None:
+        self.backlog.append((run, batch, report))
+        self.submit_backlog()
+        if self.backlog and self.feeder is None:
             feeder = threading.Thread(target=self.feed, daemon=True)
             with contextlib.suppress(RuntimeError):  # without it, the consumer does it
                 feeder.start()
                 self.feeder = feeder
 
-    def hand_over_kept(self) -> None:
+    def submit_backlog(self) -> None:
         """Give loky as many batches as its queue holds."""
-        while self.kept:
-            if self.settings and len(self.unfinished()) >= self.settings.most_batches:
+        while self.backlog:
+            if self.settings and len(self.unfinished()) >= self.settings.capacity:
                 return
-            run, batch, report = self.kept.popleft()
+            run, batch, report = self.backlog.popleft()
             if not run.has_broken:
-                run.give(batch, report)
+                run.submit_to_loky(batch, report)
 
     def feed(self) -> None:
         """Give loky what is kept as batches complete, while the consumer is elsewhere."""
         while True:
             with self.lock:
-                self.hand_over_kept()
-                if not self.kept:
+                self.submit_backlog()
+                if not self.backlog:
                     self.feeder = None
                     return
             self.completions.get()
@@ -1396,7 +1411,7 @@ class _LokyPool:
     def remove(self, run: _ConsumerDrivenLoky) -> None:
         """Drop what *run* has queued. Kill the pool if it is busy for ended runs alone."""
         self.runs.discard(run)
-        self.kept = deque(item for item in self.kept if item[0] is not run)
+        self.backlog = deque(item for item in self.backlog if item[0] is not run)
         if self.feeder is not None:
             self.completions.put(None)
         if run.has_broken:
@@ -1503,13 +1518,13 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 "loky does not work in a fork of a process that has used it: start the "
                 "process by 'spawn', or use backend='multiprocessing' or 'threading'"
             )
-        self.parallel = parallel
+        self.parallel, self.workers = parallel, workers
         # Two for a worker on each core are certain to fit into loky's call queue. If there
         # are more workers than cores, the pool may have grown, but its queue has not.
-        most_batches = max(workers, 2 * min(workers, joblib.cpu_count()))
+        capacity = max(workers, 2 * min(workers, joblib.cpu_count()))
         self.settings = _PoolSettings(
             workers,
-            most_batches,
+            capacity,
             options,
             self.inner_max_num_threads,
             self.backend_kwargs,
@@ -1525,12 +1540,12 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         super().configure(settings.n_jobs, self.parallel, **settings.options)
         self.has_pool = True
 
-    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> None:
+    def submit_to_engine(self, batch: Any, report: Callable[[Any], None]) -> None:
         with _loky_pool.lock:
-            _loky_pool.add(self, batch, report)
+            _loky_pool.enqueue(self, batch, report)
         _end_open_runs_before_loky()
 
-    def give(self, batch: Any, report: Callable[[Any], None]) -> None:
+    def submit_to_loky(self, batch: Any, report: Callable[[Any], None]) -> None:
         """Submit a batch to loky, in the consumer's thread or the feeder's."""
 
         def completed(job: Future[Any]) -> None:
@@ -1543,13 +1558,13 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 _loky_pool.join(self)  # another run has changed it since
             settings = self.settings
             try:
-                job = super().hand_over(batch, completed)
+                job = super().submit_to_engine(batch, completed)
             except (BrokenExecutor, _loky("process_executor").ShutdownExecutorError):
                 # A worker has died, or somebody else has shut the pool down.
                 _loky_pool.settings = None
                 _loky_pool.join(self)
                 settings = self.settings
-                job = super().hand_over(batch, completed)
+                job = super().submit_to_engine(batch, completed)
             _loky_pool.out[job] = self
         except Exception as error:
             if not _is_loky_running():
@@ -1558,12 +1573,12 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
 
     def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
         with _loky_pool.lock:
-            _loky_pool.hand_over_kept()
+            _loky_pool.submit_backlog()
         return super().results_of(outcome)
 
     def fault(self) -> Exception | None:
         with _loky_pool.lock:
-            _loky_pool.hand_over_kept()  # in case no thread could be started for that
+            _loky_pool.submit_backlog()  # in case no thread could be started for that
         if _is_loky_running():
             return None
         return RuntimeError("loky has stopped working: its manager thread has died")
@@ -1705,7 +1720,7 @@ class _ConsumerDrivenPool(_ConsumerDriven):
 class _ConsumerDrivenDask(_ConsumerDriven):
     """Adds what joblib's Dask backend does not report, and does not do."""
 
-    def become(self, original: Any) -> None:
+    def separate_from(self, original: Any) -> None:
         # What it keeps of its calls must not be shared; what was scattered may be.
         own: Any = self
         own.__init__(
@@ -1723,13 +1738,13 @@ class _ConsumerDrivenDask(_ConsumerDriven):
         workers = int(super().effective_n_jobs(n_jobs))
         return workers and max(workers, 2)
 
-    def hand_over(self, batch: Any, report: Callable[[Any], None]) -> Any:
+    def submit_to_engine(self, batch: Any, report: Callable[[Any], None]) -> Any:
         def report_error(job: Future[Any]) -> None:
             error = job.exception()
             if error is not None:
                 report(_Failure(error))
 
-        job = super().hand_over(batch, report)
+        job = super().submit_to_engine(batch, report)
         job.add_done_callback(report_error)  # if a worker is lost, joblib calls nothing
         return job
 
@@ -1804,5 +1819,5 @@ def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
     own = object.__new__(_subclass(_mixin_for(backend), kind))
     vars(own).update(vars(backend))
     own.inbox = inbox
-    own.become(backend)
+    own.separate_from(backend)
     return own

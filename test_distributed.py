@@ -2158,7 +2158,7 @@ def test_a_run_that_starts_shares_the_pool_as_it_is(tmp_path):
     ]
     for reader in readers:
         reader.start()  # what they submit is kept back
-    wait_until(lambda: len(distributed._loky_pool.kept) >= 4)
+    wait_until(lambda: len(distributed._loky_pool.backlog) >= 4)
     with pytest.raises(TimeoutError):
         next(setup(abs, range(9), num_workers=2, timeout=1))
     (tmp_path / "go").touch()
