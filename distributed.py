@@ -742,8 +742,11 @@ _RUN_BATCH_IN_THREAD = _batch_runner(packs_errors=False)
 # --------------------------------------------------------------------------------------
 # Running tasks.
 #
+# The consumer is whoever reads the generator that `setup` returns. An engine is what runs
+# the batches of a joblib backend: loky, a multiprocessing.Pool, threads, Dask or Ray.
+#
 #   the consumer's thread                            threads of the   worker processes
-#                                                    backend          or threads
+#                                                    engine           or threads
 #   +----------------------------------------+
 #   | for result in results:                 |
 #   |                                        |
@@ -780,7 +783,7 @@ _RUN_BATCH_IN_THREAD = _batch_runner(packs_errors=False)
 # it has scattered; what wrap_non_picklable_objects reduces to; of its vendored loky the
 # names of its threads and processes, ShutdownExecutorError, get_reusable_executor and
 # the class Popen; that its pool makes the pipe of the tasks first; and the name of one
-# exit handler (_spare_folders_of_parent). All of it is the same from 1.5.0 to 1.6.0.
+# exit handler (_keep_folders_of_parent). All of it is the same from 1.5.0 to 1.6.0.
 
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
@@ -824,8 +827,9 @@ def _one_by_one(
 
 
 class _Source:
-    """The function and the tasks of a run.
+    """The function and the tasks of a run; for the consumer's thread.
 
+    It draws tasks for joblib and keeps their error, so that no result is lost with it.
     Only the run's generator refers to it: what joblib or an engine keeps while workers
     are busy does not. Otherwise a run that its own tasks refer to would never be
     collected.
@@ -893,7 +897,9 @@ def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
 class _Inbox:
     """What is known of the batches of a run that are out.
 
-    It belongs to the consumer's thread, but for the reports, which come from others.
+    Threads of an engine only put reports into it, which cannot block or fail; so all
+    that follows from a report happens in the consumer's thread, which alone calls the
+    methods (but for `fail`).
     """
 
     def __init__(self, *, ordered: bool) -> None:
@@ -922,7 +928,7 @@ class _Inbox:
         while not self.ordered or number not in self.early:
             number, outcome = self._wait(timeout, fault)
             if number is None:
-                return _ignore, outcome
+                return lambda outcome: None, outcome  # no batch of joblib's
             if not self.ordered:
                 return self.expected.pop(number), outcome
             self.early[number], number = outcome, self.next_number
@@ -951,14 +957,11 @@ class _Inbox:
             error = fault()
 
 
-def _ignore(outcome: Any) -> None:
-    pass
-
-
 class _Run:
     """One call of `Joblib.setup`, but for its function and its tasks (see _Source).
 
-    Methods are for the consumer's thread. Any thread may call `end`.
+    It steps joblib through the run, and sees to it that the run is ended, once, however
+    it is left. Methods are for the consumer's thread. Any thread may call `end`.
     """
 
     def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
@@ -1006,9 +1009,8 @@ class _Run:
         if self.output is None and self.parallel.pre_dispatch != "all":
             return 1  # as the run starts, pre_dispatch may be less than a batch
         size = self.parallel.batch_size
-        return self.backend.workers * (
-            self.backend.effective_batch_size if size == "auto" else size
-        )
+        size = self.backend.effective_batch_size if size == "auto" else size
+        return int(self.backend.workers * size)
 
     def one_by_one(self, source: _Source) -> Iterator[Any]:
         """Return the results as one worker makes them."""
@@ -1157,17 +1159,17 @@ def _register_before_exit(function: Callable[[], object]) -> None:
     getattr(threading, "_register_atexit", atexit.register)(function)
 
 
-def _spare_parent() -> None:
-    """In a fork: disown what the parent's runs have, so that its exit spares that."""
+def _disown_runs_of_parent() -> None:
+    """In a fork: let its exit not touch what the parent's runs have."""
     if _open_runs or _loky_process is not None:
         # Private, but multiprocessing (to Python 3.14 at least) does so only in forks of
         # its own: others would stop its worker processes, or fail to wait for them.
         getattr(multiprocessing.process, "_children", set()).clear()
         with contextlib.suppress(RuntimeError):  # the interpreter exits already
-            _register_before_exit(_spare_folders_of_parent)
+            _register_before_exit(_keep_folders_of_parent)
 
 
-def _spare_folders_of_parent() -> None:
+def _keep_folders_of_parent() -> None:
     """Let a fork not delete the folders of memory-mapped arrays, as joblib would."""
     name = "register_folder_finalizer.<locals>._cleanup"
     for item in gc.get_objects():
@@ -1191,7 +1193,12 @@ _POOL_OPTIONS = frozenset(
 class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     """Mixed into the class of a joblib backend: lets the consumer act on its reports.
 
-    joblib calls the methods that have no docstring, in the consumer's thread.
+    By itself such a backend lets joblib draw and submit tasks in threads of the engine;
+    all that is promised of order, bounds and the caller's thread hangs on this class.
+
+    joblib calls the methods that have no docstring, in the consumer's thread, in which
+    `submit_to_engine`, `results_of` and `fault` are called as well; `clean_up`, `abort`
+    and `finish` are called in the thread that ends the run.
     """
 
     supports_return_generator = True  # some do not, since their callbacks would block
@@ -1315,16 +1322,19 @@ class _PoolSettings(NamedTuple):
 class _LokyPool:
     """loky's one pool of workers, as the runs of this process share it.
 
-    joblib resizes or replaces the pool for each run that starts, and kills it for each
-    that is left. Here a pool in which another run has work is left as it is.
+    It keeps runs independent: joblib resizes or replaces the pool for each run that
+    starts, and kills it for each that is left. Here a pool in which another run has work
+    is left as it is.
 
-    loky moves what is submitted into a call queue, from which the workers take it; the
-    future is then "running". If the pool is killed while there is more than that queue
-    holds, loky's manager thread dies of a KeyError (joblib 1.5.0 to 1.6.0). So loky never
-    gets more: the rest is kept here until batches complete.
+    And it lets any run be left at any time. loky has a manager thread, which moves what
+    is submitted into a queue, from which the workers take it; the future is then
+    "running". If the pool is killed while more has been submitted than that queue holds,
+    the manager thread dies of a KeyError, and nothing completes any more (joblib 1.5.0 to
+    1.6.0). So loky never gets more: the rest waits here, in the backlog.
 
-    All methods are called with the lock held, but for `notice`. loky's manager thread
-    never takes the lock, since whoever kills the pool holds it and waits for that thread.
+    Any thread may call the methods, with the lock held. `note_completion` alone is for
+    loky's manager thread, without it: that thread must never take the lock, since
+    whoever kills the pool holds it and waits for that thread to end.
     """
 
     def __init__(self) -> None:
@@ -1332,13 +1342,12 @@ class _LokyPool:
         self.settings: _PoolSettings | None = None  # None: there is no pool we know of
         self.runs: set[_ConsumerDrivenLoky] = set()  # those that have not been ended
         self.out: dict[Future[Any], _ConsumerDrivenLoky] = {}  # what loky has
-        self.backlog: deque[tuple[_ConsumerDrivenLoky, Any, Callable[[Any], None]]] = (
-            deque()
-        )
+        self.backlog: deque[tuple[_ConsumerDrivenLoky, Any, Any]] = deque()
         self.feeder: threading.Thread | None = None
         self.completions: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def unfinished(self) -> dict[Future[Any], _ConsumerDrivenLoky]:
+        """Return what loky has and has not completed, with the run that it is of."""
         self.out = {job: run for job, run in self.out.items() if not job.done()}
         return self.out
 
@@ -1349,8 +1358,8 @@ class _LokyPool:
             *(item[0] for item in self.backlog),
         }
 
-    def join(self, run: _ConsumerDrivenLoky) -> None:
-        """Make the pool the one that *run* wants, or let it share that of a busy run."""
+    def configure_for(self, run: _ConsumerDrivenLoky) -> None:
+        """Make the pool what *run* asks for, or let it share that of a busy run."""
         others = self.busy_runs() - {run}
         if others:
             run.settings = self.settings or next(iter(others)).settings
@@ -1370,6 +1379,7 @@ class _LokyPool:
     def enqueue(
         self, run: _ConsumerDrivenLoky, batch: Any, report: Callable[[Any], None]
     ) -> None:
+        """Submit a batch to loky, or keep it until there is room for it."""
         self.backlog.append((run, batch, report))
         self.submit_backlog()
         if self.backlog and self.feeder is None:
@@ -1388,7 +1398,7 @@ class _LokyPool:
                 run.submit_to_loky(batch, report)
 
     def feed(self) -> None:
-        """Give loky what is kept as batches complete, while the consumer is elsewhere."""
+        """Empty the backlog as batches complete, however slow the consumer is."""
         while True:
             with self.lock:
                 self.submit_backlog()
@@ -1397,7 +1407,7 @@ class _LokyPool:
                     return
             self.completions.get()
 
-    def notice(
+    def note_completion(
         self, run: _ConsumerDrivenLoky, settings: _PoolSettings, job: Future[Any]
     ) -> None:
         """Take note, in loky's manager thread, that a batch of *run* has completed."""
@@ -1436,9 +1446,9 @@ class _LokyPool:
             run.kill_pool()
             self.out, self.settings = {}, None
         else:
-            self.bury()
+            self.clear_up()
 
-    def bury(self) -> None:
+    def clear_up(self) -> None:
         """Do what loky's manager thread would do, if it has died or could not start."""
         for process in multiprocessing.active_children():
             if process.name.startswith("LokyProcess"):
@@ -1475,7 +1485,7 @@ def _note_use_of_loky() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_note_use_of_loky, after_in_child=_spare_parent)
+    os.register_at_fork(before=_note_use_of_loky, after_in_child=_disown_runs_of_parent)
 
 
 _NO_PGREP = "Failed to kill subprocesses on this platform"
@@ -1502,7 +1512,11 @@ def _kill(process: Any) -> None:
 
 
 class _ConsumerDrivenLoky(_ConsumerDriven):
-    """Shares loky's pool with the other runs of the process. See _LokyPool."""
+    """Shares loky's pool with the other runs of the process. See _LokyPool.
+
+    It asks for nothing by itself: _LokyPool decides when it may configure the pool,
+    submit to it or kill it, and calls the methods that do so.
+    """
 
     more_options = _POOL_OPTIONS
     settings: _PoolSettings  # what this run wants of the pool, or has found
@@ -1531,7 +1545,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         )
         with _loky_pool.lock:
             _loky_pool.runs.add(self)
-            _loky_pool.join(self)
+            _loky_pool.configure_for(self)
         return workers
 
     def use_pool(self, settings: _PoolSettings) -> None:
@@ -1550,25 +1564,25 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
 
         def completed(job: Future[Any]) -> None:
             report(job)
-            _loky_pool.notice(self, settings, job)
+            _loky_pool.note_completion(self, settings, job)
 
         _let_loky_kill()
         try:
             if self.settings is not _loky_pool.settings:
-                _loky_pool.join(self)  # another run has changed it since
+                _loky_pool.configure_for(self)  # another run has changed it since
             settings = self.settings
             try:
                 job = super().submit_to_engine(batch, completed)
             except (BrokenExecutor, _loky("process_executor").ShutdownExecutorError):
                 # A worker has died, or somebody else has shut the pool down.
                 _loky_pool.settings = None
-                _loky_pool.join(self)
+                _loky_pool.configure_for(self)
                 settings = self.settings
                 job = super().submit_to_engine(batch, completed)
             _loky_pool.out[job] = self
         except Exception as error:
             if not _is_loky_running():
-                _loky_pool.bury()
+                _loky_pool.clear_up()
             report(_Failure(error))
 
     def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
@@ -1604,7 +1618,11 @@ class _PoolContext:
     `multiprocessing.Pool` (of Python 3.10 to 3.14) does not report that a worker has
     died, and its result thread dies of a result that it cannot unpickle. When the pool
     terminates a worker that has one of its locks, or is in the middle of a message, or
-    handles SIGTERM, it waits for ever.
+    handles SIGTERM, it waits for ever. With what is recorded, the first two are found out
+    and the last is broken off.
+
+    The pool calls `Process`, `Lock`, `Pipe` and `receive` in its threads; the consumer's
+    thread calls `exit_codes`, the one that ends the run the rest.
     """
 
     def __init__(self, context: Any, inbox: _Inbox) -> None:
@@ -1665,7 +1683,7 @@ class _PoolContext:
             with contextlib.suppress(OSError):
                 connection.close()
 
-    def forget(self) -> None:
+    def close(self) -> None:
         """Kill the workers that are left; let go of what the pool was made of."""
         self.kill()
         for process in self.processes:
@@ -1711,14 +1729,18 @@ class _ConsumerDrivenPool(_ConsumerDriven):
             while thread.is_alive() and time.monotonic() < deadline:
                 context.break_off()
                 thread.join(timeout=0.05)
-        context.forget()
+        context.close()
 
 
 # ---- Dask ----------------------------------------------------------------------------
 
 
 class _ConsumerDrivenDask(_ConsumerDriven):
-    """Adds what joblib's Dask backend does not report, and does not do."""
+    """Reports what joblib's Dask backend (1.5.0 to 1.6.0) does not, and cancels tasks.
+
+    Without it, a run waits for ever for a worker that is lost, or for what cannot be
+    pickled (see _DaskClient), and what is queued goes on when a run has been left.
+    """
 
     def separate_from(self, original: Any) -> None:
         # What it keeps of its calls must not be shared; what was scattered may be.
@@ -1758,8 +1780,9 @@ class _ConsumerDrivenDask(_ConsumerDriven):
 class _DaskClient:
     """A Dask client for joblib, on whose event loop nothing fails in silence.
 
-    There joblib sends tasks and fetches results. What cannot be pickled makes that fail;
-    all that Dask does about it is to write to a log.
+    There joblib (1.5.0 to 1.6.0) sends tasks and fetches results. What cannot be pickled
+    makes that fail; all that Dask does about it is to write to a log. joblib calls
+    `add_callback` in the consumer's thread and on the event loop.
     """
 
     def __init__(self, client: Any, inbox: _Inbox) -> None:
