@@ -2765,19 +2765,20 @@ def table():
 
 def take_turns(benchmark, table, title, contenders, measure, rounds):
     """Measure each contender once a round; compare it with the first of the same round."""
+    unit, *_ = contenders = list(contenders)
     times = {contender: [] for contender in contenders}
     with contextlib.ExitStack() as stack:
         runs = {contender: stack.enter_context(contender()) for contender in contenders}
 
         def play_round():
-            for contender, run in runs.items():
-                times[contender].append(measure(run))
+            for contender in contenders:
+                times[contender].append(measure(runs[contender]))
+            contenders.reverse()  # what one leaves behind is not always the same one's
 
         benchmark.group = title
         benchmark.pedantic(play_round, rounds=rounds, warmup_rounds=1)
-    unit = times[contenders[0]]
     for contender, measured in times.items():
-        ratios = map(operator.truediv, measured[1:], unit[1:])
+        ratios = map(operator.truediv, measured[1:], times[unit][1:])
         table.setdefault(title, {})[NAMES[contender]] = (
             f"{statistics.median(ratios):.2f}"
         )
@@ -2795,7 +2796,7 @@ def test_speed(benchmark, table, title):
         collections.deque(run(function, iter(tasks)), maxlen=0)
         return time.perf_counter() - start
 
-    rounds = 30 if single_process in contenders else 5
+    rounds = 15 if function is trivial else 5
     take_turns(benchmark, table, title, contenders, measure, rounds)
 
 
