@@ -287,7 +287,7 @@ class Joblib(DistributedBackend):
     - Whoever else uses loky through `joblib.Parallel` shares the pool, too: its failure
       is an error here, and the other way round. If it asks for another number of workers
       in another thread, both can wait for each other for ever, as two of its kind can.
-      When the main thread has ended, the pool takes no more tasks.
+      To leave a run here may stop its work. When the main thread has ended, the pool takes no more tasks.
     - Threads cannot be stopped: what they are busy with goes on in the background. The
       same is true of Dask's workers, which are threads.
     - With `multiprocessing`, a worker's death is noticed within about a second, and only
@@ -352,7 +352,7 @@ class Joblib(DistributedBackend):
                 tasks. In order, a task that takes long keeps workers idle once
                 *pre_dispatch* batches are out.
             timeout : float, optional
-                Seconds. When the consumer has waited for that long and no task has
+                Seconds. When the consumer has waited for that long and no batch has
                 completed, the run ends with an error. The start of the workers and their
                 imports count, too. Default: wait for ever. Ignored with one worker.
             batch_size : int or "auto", default "auto"
@@ -382,7 +382,9 @@ class Joblib(DistributedBackend):
         ------
         TypeError, ValueError, ImportError
             At once, if an argument is not as said here, or if the package of *backend* is
-            missing or hidden; the message names the argument and shows the value.
+            missing or hidden; the message names the argument and shows the value. If
+            a formula of *pre_dispatch* comes to 0 for the workers that turn up, it is
+            raised from the generator.
         TimeoutError
             From the generator, after *timeout*; also a `multiprocessing.TimeoutError`.
         concurrent.futures.BrokenExecutor
@@ -478,7 +480,7 @@ def _checked_num_workers(num_workers: int | None) -> int:
 
 
 def _is_number(value: Any, least: float) -> bool:
-    return issubclass(type(value), numbers.Real) and bool(value >= least)
+    return isinstance(value, numbers.Real) and operator.ge(value, least)
 
 
 # What joblib would notice late, or not at all, or report without naming the option.
@@ -551,7 +553,8 @@ def _option_names(kind: Any, mixin: Any) -> tuple[frozenset[str], frozenset[str]
         return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
 
     taken = names(joblib.Parallel) | names(kind.configure) | mixin.more_options
-    makers = (vars(base).get("__init__", object) for base in kind.__mro__[:-1])
+    nothing = object  # which takes no arguments
+    makers = (vars(base).get("__init__", nothing) for base in kind.__mro__[:-1])
     made_with = set().union(*map(names, makers))
     internal = {"self", "n_jobs", "parallel", "nesting_level", "args", "kwargs"}
     return frozenset(taken - internal), frozenset(made_with - taken - internal)
@@ -588,7 +591,10 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
 
 
 def _chosen_backend(options: dict[str, Any]) -> Any:
-    """Return the joblib backend that `joblib.Parallel` would use; it may be shared."""
+    """Return the joblib backend that `joblib.Parallel` would use; it may be shared.
+
+    Its name is taken out of *options*.
+    """
     backend = options.pop("backend", None)
     if backend is None:
         names = options.keys() & {"prefer", "require"}
@@ -703,7 +709,7 @@ def _unpacked_error(data: bytes | None, summary: str, text: str) -> BaseExceptio
     """Return an error that a worker has packed, with the text of its traceback."""
     error: BaseException
     try:
-        form = pickle.loads(data or b"")
+        form = pickle.loads(data or b"")  # no data: it fails
         error = form if isinstance(form, BaseException) else _rebuilt_error(*form)
     except Exception:
         message = f"a task raised an exception that cannot be pickled: {summary}"
@@ -724,7 +730,10 @@ def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any
 
 
 class _SentByValue(functools.partial[Any]):
-    """A function that pickles by value on every backend, and only once, which is slow."""
+    """A function that pickles by value on every backend, and only once, which is slow.
+
+    Any thread of an engine may pickle it; in the same process it can be called as well.
+    """
 
     @functools.cached_property
     def reduced(self) -> Any:
@@ -880,7 +889,7 @@ def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
                 run.advance(callback)
         if error is not None:
             try:
-                raise error  # not inside `with`, which not every class would bear
+                raise error  # not inside `with`, which assigns to attributes of errors
             finally:
                 del error  # its traceback refers to this frame
         if source.error is not None:
@@ -924,14 +933,14 @@ class _Inbox:
         self, timeout: float | None, fault: Callable[[], Exception | None]
     ) -> tuple[Callable[[Any], None], Any]:
         """Return joblib's callback for the next batch to complete, and its outcome."""
-        number: int | None = self.next_number
-        while not self.ordered or number not in self.early:
+        while self.next_number not in self.early:
             number, outcome = self._wait(timeout, fault)
-            if number is None:
-                return lambda outcome: None, outcome  # no batch of joblib's
+            if number is None:  # a failure, after which there are no more callbacks
+                return lambda outcome: None, outcome
             if not self.ordered:
                 return self.expected.pop(number), outcome
-            self.early[number], number = outcome, self.next_number
+            self.early[number] = outcome
+        number = self.next_number
         self.next_number += 1
         return self.expected.pop(number), self.early.pop(number)
 
@@ -961,7 +970,8 @@ class _Run:
     """One call of `Joblib.setup`, but for its function and its tasks (see _Source).
 
     It steps joblib through the run, and sees to it that the run is ended, once, however
-    it is left. Methods are for the consumer's thread. Any thread may call `end`.
+    it is left. Any thread may call `end`, which has `clean_up` called in a thread of its
+    own; all other methods are for the consumer's thread.
     """
 
     def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
@@ -980,18 +990,18 @@ class _Run:
         )
         # joblib's generator. Until the run has ended, weakref.finalize (in _results) and
         # _open_runs keep it from the garbage collector, which would make it warn.
-        self.output: Generator[Any, None, None] | None = None
-        self.reader: threading.Thread | None = None
-        self.is_at_work = False
+        self.output: Any = None
+        self.reader = threading.current_thread()  # who has last read it
+        self.is_at_work = False  # inside of joblib or the engine
         self.end_once = threading.Lock()  # once locked, never unlocked
-        self.ended = threading.Event()
+        self.ended = threading.Event()  # set if there is nothing to end
         self.ended.set()
 
     def start(self, source: _Source, tasks: Generator[Any, None, None]) -> bool:
         """Let joblib draw and submit the first tasks, if there are workers for them."""
         self.backend.source = weakref.ref(source)
         self.backend.process = os.getpid()
-        with self.working():
+        with self.submitting():
             self.ended.clear()
             _open_runs.add(self)
             _end_open_runs_at_exit()
@@ -1002,7 +1012,8 @@ class _Run:
             except _OneWorker:
                 _open_runs.discard(self)
                 self.ended.set()
-        return not self.ended.is_set()
+                return False
+        return True
 
     def draw_count(self) -> int:
         """Return how many tasks joblib will certainly draw at once."""
@@ -1033,13 +1044,14 @@ class _Run:
             raise RuntimeError(
                 "a run cannot be read in a fork of the process it is from"
             )
-        self.reader = threading.current_thread()
-        callback, outcome = self.inbox.take(self.timeout, self.backend.fault)
-        try:
-            results, error = self.backend.results_of(outcome)
-        except BaseException as fault:
-            # Its traceback leads to the outcome. If that leads to it, they stay for long.
-            raise fault.with_traceback(None) from fault.__cause__
+        with self.at_work():
+            callback, outcome = self.inbox.take(self.timeout, self.backend.fault)
+            try:
+                results, error = self.backend.results_of(outcome)
+            except BaseException as fault:
+                # Its traceback refers to this frame, and so to the outcome, which refers
+                # to it: only the garbage collector would free such a circle.
+                raise fault.with_traceback(None) from fault.__cause__
         if isinstance(error, tuple):
             error = _unpacked_error(*error)
         results.reverse()
@@ -1047,22 +1059,28 @@ class _Run:
 
     def advance(self, callback: Callable[[Any], None]) -> None:
         """Let joblib act on the completion of a batch."""
-        with self.working():
+        with self.submitting():
             callback(None)
-            if self.output is not None:
-                next(self.output, None)
+            next(self.output, None)
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[None]:
         """Surround what the consumer's thread does with joblib and the engine."""
         self.reader, self.is_at_work = threading.current_thread(), True
         try:
             yield
-        except BaseException:
-            self.backend.was_interrupted = True
-            raise
         finally:
             self.is_at_work = False
+
+    @contextlib.contextmanager
+    def submitting(self) -> Iterator[None]:
+        """Surround what may leave something with the engine that no report tells of."""
+        with self.at_work():
+            try:
+                yield
+            except BaseException:
+                self.backend.was_interrupted = True
+                raise
 
     def end(self) -> None:
         """End the run, and wait for that if it is this thread's. May be repeated.
@@ -1087,14 +1105,21 @@ class _Run:
                 # A ValueError: a daemon thread reads it, as the interpreter exits.
                 with contextlib.suppress(_RunEnded, ValueError):
                     self.output.throw(_RunEnded())
-            self.backend.clean_up()
         finally:
-            _open_runs.discard(self)
-            self.ended.set()
+            try:
+                self.backend.clean_up()
+            finally:
+                _open_runs.discard(self)
+                self.ended.set()
 
 
 # --------------------------------------------------------------------------------------
 # Ending runs.
+#
+# However a run ends (`finally` of _results, the finalizer of its tasks, or a hook at
+# exit), _Run.end is called. In a thread of its own that calls _Run.clean_up, which closes
+# joblib's generator and then calls clean_up of the backend: `abort` drops what is queued
+# and stops the workers that are busy, `finish` releases what the run has used.
 #
 # A run stands in _open_runs from its start until all that it has started has ended. When
 # the interpreter exits, runs that nobody will read to the end are ended: those that were
@@ -1122,8 +1147,8 @@ def _end_open_runs() -> None:
     """End the runs that nobody will read to the end, as the interpreter exits."""
     for run in list(_open_runs):
         reader = run.reader
-        if reader is None or run.backend.process != os.getpid():
-            continue  # the latter is that of a parent of this fork
+        if run.backend.process != os.getpid():
+            continue  # it is that of a parent of this fork
         if reader is threading.main_thread() or not reader.is_alive():
             # Whoever reads on, in a hook that comes later, must not take it for the end.
             run.inbox.fail(
@@ -1161,6 +1186,8 @@ def _register_before_exit(function: Callable[[], object]) -> None:
 
 def _disown_runs_of_parent() -> None:
     """In a fork: let its exit not touch what the parent's runs have."""
+    global _loky_pool
+    _loky_pool = _LokyPool()  # the parent's may be locked by a thread that is not here
     if _open_runs or _loky_process is not None:
         # Private, but multiprocessing (to Python 3.14 at least) does so only in forks of
         # its own: others would stop its worker processes, or fail to wait for them.
@@ -1196,9 +1223,10 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
     By itself such a backend lets joblib draw and submit tasks in threads of the engine;
     all that is promised of order, bounds and the caller's thread hangs on this class.
 
-    joblib calls the methods that have no docstring, in the consumer's thread, in which
-    `submit_to_engine`, `results_of` and `fault` are called as well; `clean_up`, `abort`
-    and `finish` are called in the thread that ends the run.
+    joblib calls, in the consumer's thread, `configure`, `submit`, `compute_batch_size`,
+    `batch_completed`, `retrieve_result_callback` and `retrieval_context`; in the thread
+    that ends the run, `abort_everything` and `terminate`. Of the others, `clean_up`,
+    `abort` and `finish` are for the latter, the rest for the consumer's thread.
     """
 
     supports_return_generator = True  # some do not, since their callbacks would block
@@ -1298,25 +1326,28 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
             self.reset_batch_stats()  # those of another run
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Return what surrounds the wait for results; joblib would enter it too late."""
+        """Return what is to surround the run. In a task on Dask, it frees the place of that
+        task meanwhile, or nested runs could fill the cluster and wait for ever.
+        """
         context: contextlib.AbstractContextManager[None] = super().retrieval_context()
         return context
 
     def retrieval_context(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        return contextlib.nullcontext()  # joblib would enter it with the first results
 
 
 # ---- loky ----------------------------------------------------------------------------
 
 
 class _PoolSettings(NamedTuple):
-    """What a run asks of loky's pool."""
+    """What a run asks of loky's pool. Once there is such a pool, the object stands for it."""
 
     n_jobs: int
-    capacity: int
+    capacity: int  # the most batches that loky may have
     options: dict[str, Any]
     inner_max_num_threads: int | None
     backend_kwargs: dict[str, Any]
+    gone: threading.Event  # set if a worker has died, or somebody shut the pool down
 
 
 class _LokyPool:
@@ -1332,14 +1363,14 @@ class _LokyPool:
     the manager thread dies of a KeyError, and nothing completes any more (joblib 1.5.0 to
     1.6.0). So loky never gets more: the rest waits here, in the backlog.
 
-    Any thread may call the methods, with the lock held. `note_completion` alone is for
-    loky's manager thread, without it: that thread must never take the lock, since
-    whoever kills the pool holds it and waits for that thread to end.
+    Any thread may call the methods, with the lock held. Two are called without it:
+    `feed`, in a thread of its own, takes it; `note_completion`, in loky's manager thread,
+    must not, since whoever kills the pool holds it and waits for that thread to end.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.settings: _PoolSettings | None = None  # None: there is no pool we know of
+        self.settings: _PoolSettings | None = None  # those of the pool that there is
         self.runs: set[_ConsumerDrivenLoky] = set()  # those that have not been ended
         self.out: dict[Future[Any], _ConsumerDrivenLoky] = {}  # what loky has
         self.backlog: deque[tuple[_ConsumerDrivenLoky, Any, Any]] = deque()
@@ -1360,6 +1391,8 @@ class _LokyPool:
 
     def configure_for(self, run: _ConsumerDrivenLoky) -> None:
         """Make the pool what *run* asks for, or let it share that of a busy run."""
+        if self.settings is not None and self.settings.gone.is_set():
+            self.settings = None
         others = self.busy_runs() - {run}
         if others:
             run.settings = self.settings or next(iter(others)).settings
@@ -1372,7 +1405,8 @@ class _LokyPool:
         ):
             self.kill(run)
         if self.settings is None:
-            run.settings = run.settings._replace()  # an object of its own for each pool
+            # An object of its own for each pool.
+            run.settings = run.settings._replace(gone=threading.Event())
         run.use_pool(run.settings)
         self.settings = run.settings
 
@@ -1394,7 +1428,7 @@ class _LokyPool:
             if self.settings and len(self.unfinished()) >= self.settings.capacity:
                 return
             run, batch, report = self.backlog.popleft()
-            if not run.has_broken:
+            if not run.lost_work:
                 run.submit_to_loky(batch, report)
 
     def feed(self) -> None:
@@ -1412,9 +1446,8 @@ class _LokyPool:
     ) -> None:
         """Take note, in loky's manager thread, that a batch of *run* has completed."""
         if not job.cancelled() and isinstance(job.exception(), BrokenExecutor):
-            run.has_broken = True
-            if self.settings is settings:  # or else there is another pool by now
-                self.settings = None
+            run.lost_work = True
+            settings.gone.set()
         if self.feeder is not None:
             self.completions.put(None)
 
@@ -1424,8 +1457,8 @@ class _LokyPool:
         self.backlog = deque(item for item in self.backlog if item[0] is not run)
         if self.feeder is not None:
             self.completions.put(None)
-        if run.has_broken:
-            run.kill_pool()  # its own, which may have been replaced since
+        if run.settings.gone.is_set():
+            run.kill_pool()  # the run's own, to which another may have succeeded
         unwanted = set(self.unfinished().values()) - self.runs
         if (unwanted or run.was_interrupted) and not self.busy_runs():
             self.kill(run)
@@ -1433,7 +1466,7 @@ class _LokyPool:
     def kill(self, run: _ConsumerDrivenLoky) -> None:
         """Kill the pool, by the hand of *run*."""
         settings = self.settings
-        if settings is None:
+        if settings is None or settings.gone.is_set():
             return
         if settings is not run.settings:
             run.use_pool(settings)  # it has been changed since
@@ -1469,7 +1502,10 @@ def _loky(module: str) -> Any:
 
 
 def _is_loky_running() -> bool:
-    """Tell whether there is a manager thread of loky, without which nothing completes."""
+    """Tell whether there is a manager thread of loky, without which nothing completes.
+
+    That of an executor that somebody else has made counts, too: it cannot be told apart.
+    """
     return any(
         thread.name == "ExecutorManagerThread" for thread in threading.enumerate()
     )
@@ -1501,6 +1537,7 @@ def _let_loky_kill() -> None:
         popen = _loky("backend.popen_loky_posix").Popen
         if not hasattr(popen, "kill"):
             popen.kill = _kill
+    # Anybody may have reset the filters since.
     if all(getattr(item[1], "pattern", None) != _NO_PGREP for item in warnings.filters):
         warnings.filterwarnings("ignore", _NO_PGREP)
 
@@ -1521,7 +1558,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
     more_options = _POOL_OPTIONS
     settings: _PoolSettings  # what this run wants of the pool, or has found
     has_pool = False
-    has_broken = False  # the pool, while it had work of this run
+    lost_work = False  # when a worker of the pool died
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
         workers = int(self.effective_n_jobs(n_jobs))
@@ -1533,8 +1570,8 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 "process by 'spawn', or use backend='multiprocessing' or 'threading'"
             )
         self.parallel, self.workers = parallel, workers
-        # Two for a worker on each core are certain to fit into loky's call queue. If there
-        # are more workers than cores, the pool may have grown, but its queue has not.
+        # loky's queue has room for two batches a core, however large the pool has grown;
+        # and for as many as there are workers, since each takes one out.
         capacity = max(workers, 2 * min(workers, joblib.cpu_count()))
         self.settings = _PoolSettings(
             workers,
@@ -1542,6 +1579,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
             options,
             self.inner_max_num_threads,
             self.backend_kwargs,
+            gone=threading.Event(),
         )
         with _loky_pool.lock:
             _loky_pool.runs.add(self)
@@ -1575,7 +1613,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 job = super().submit_to_engine(batch, completed)
             except (BrokenExecutor, _loky("process_executor").ShutdownExecutorError):
                 # A worker has died, or somebody else has shut the pool down.
-                _loky_pool.settings = None
+                settings.gone.set()
                 _loky_pool.configure_for(self)
                 settings = self.settings
                 job = super().submit_to_engine(batch, completed)
@@ -1621,13 +1659,15 @@ class _PoolContext:
     handles SIGTERM, it waits for ever. With what is recorded, the first two are found out
     and the last is broken off.
 
-    The pool calls `Process`, `Lock`, `Pipe` and `receive` in its threads; the consumer's
-    thread calls `exit_codes`, the one that ends the run the rest.
+    The pool calls `Process`, `Lock` and `Pipe` as it is made, in the consumer's thread,
+    and later `Process` and `receive` in its own; the consumer's thread calls `exit_codes`,
+    the one that ends the run the rest.
     """
 
-    def __init__(self, context: Any, inbox: _Inbox) -> None:
+    def __init__(self, context: Any, inbox: _Inbox, *, replaces_workers: bool) -> None:
         self.context = context
         self.inbox = inbox
+        self.replaces_workers = replaces_workers  # which end with 0, then
         self.processes: list[Any] = []
         self.locks: list[Any] = []
         self.pipes: list[tuple[Any, Any]] = []  # that of the tasks, that of the results
@@ -1636,8 +1676,9 @@ class _PoolContext:
         return getattr(self.context, name)
 
     def Process(self, *args: Any, **kwargs: Any) -> Any:
-        self.processes.append(self.context.Process(*args, **kwargs))
-        return self.processes[-1]
+        process = self.context.Process(*args, **kwargs)
+        self.processes = [*self.unexpected(self.processes), process]
+        return process
 
     def Lock(self) -> Any:
         self.locks.append(self.context.Lock())
@@ -1661,9 +1702,13 @@ class _PoolContext:
             self.inbox.fail(failure)
             return None, None, None  # a result of no job that the pool knows of
 
+    def unexpected(self, processes: list[Any]) -> list[Any]:
+        """Return those that have not ended as replaced workers do."""
+        return [p for p in processes if not (self.replaces_workers and p.exitcode == 0)]
+
     def exit_codes(self) -> list[int]:
-        """Return those of workers that have ended."""
-        codes = [process.exitcode for process in self.processes]
+        """Return those of workers that have ended, and should not have."""
+        codes = [process.exitcode for process in self.unexpected(self.processes)]
         return [code for code in codes if code is not None]
 
     def kill(self) -> None:
@@ -1697,18 +1742,18 @@ class _ConsumerDrivenPool(_ConsumerDriven):
 
     more_options = _POOL_OPTIONS | {"maxtasksperchild"}
     context: _PoolContext | None = None
-    parallel_options: dict[str, Any]
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
         context = options.get("context") or multiprocessing.get_context()
-        self.context = options["context"] = _PoolContext(context, self.inbox)
-        self.parallel_options = options
+        self.context = options["context"] = _PoolContext(
+            context,
+            self.inbox,
+            replaces_workers=options.get("maxtasksperchild") is not None,
+        )
         return super().configure(n_jobs, parallel, **options)
 
     def fault(self) -> Exception | None:
         exit_codes = self.context.exit_codes() if self.context else []
-        if self.parallel_options.get("maxtasksperchild") is not None:
-            exit_codes = [code for code in exit_codes if code != 0]
         message = f"a worker process has died, with exit code {exit_codes}"
         return BrokenExecutor(message) if exit_codes else None
 

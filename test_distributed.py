@@ -725,7 +725,7 @@ def leave_by_error(results):
 def leave_by_collection(results):
     next(results)
     cycle = [results]
-    cycle.append(cycle)
+    cycle.append(cycle)  # for the garbage collector alone
     del results, cycle
     gc.collect()
 
@@ -809,7 +809,7 @@ def test_the_garbage_collector_may_end_a_run_while_another_submits(monkeypatch):
         results = Joblib.setup(abs, itertools.count(), num_workers=2)
         next(results)
         cycle = [results]
-        cycle.append(cycle)
+        cycle.append(cycle)  # for the garbage collector alone
         return weakref.ref(results)
 
     gc.disable()
@@ -1454,6 +1454,15 @@ def test_workers_of_a_pool_may_be_replaced():
     assert sorted(results) == list(range(20))
 
 
+def test_workers_that_were_replaced_are_forgotten():
+    options = {"backend": "multiprocessing", "batch_size": 1, "maxtasksperchild": 1}
+    results = Joblib.setup(abs, range(60), 2, **options)
+    collections.deque(itertools.islice(results, 50), maxlen=0)
+    process = type(multiprocessing.get_context().Process())
+    assert sum(type(item) is process for item in gc.get_objects()) < 20
+    results.close()
+
+
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
 def test_an_initializer_prepares_each_worker(backend):
     results = Joblib.setup(
@@ -1632,9 +1641,9 @@ def program(tmp_path):
         yield start
 
 
-def output_of(process):
+def output_of(process, status=0):
     output, errors = process.communicate()
-    assert (errors, process.returncode) == ("", 0)
+    assert (errors, process.returncode) == ("", status)
     return output
 
 
@@ -1931,7 +1940,7 @@ def test_the_collector_does_not_decide_the_order(
     gc.collect(0)  # now that generator is older than the one of joblib
     read = functools.partial(next, cycle[0])
     read() if reader == "main" else run(read)
-    cycle.append(cycle)
+    cycle.append(cycle)  # for the garbage collector alone
     del read, cycle
     gc.collect() if collector == "main" else run(gc.collect)
     assert sorted(any_local_setup(abs, [-1, -2, -3])) == [1, 2, 3]
@@ -1955,7 +1964,7 @@ def test_a_run_left_in_a_thread_that_has_ended_is_collected_in_silence(capfd):
             pre_dispatch="all",
         )
     ]
-    cycle.append(cycle)
+    cycle.append(cycle)  # for the garbage collector alone
     thread = threading.Thread(target=next, args=(cycle[0],))
     thread.start()
     thread.join()
@@ -2128,6 +2137,34 @@ def test_a_fork(program, backend):
     assert third == "99"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_starts_a_run(program):
+    source = """
+        import os, sys, threading, warnings
+        from yourpackage import distributed
+
+        def start():
+            with distributed._loky_pool.lock:  # as it has while a pool is made
+                has_lock.set()
+                has_forked.wait()
+
+        if __name__ == "__main__":
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            has_lock, has_forked = threading.Event(), threading.Event()
+            thread = threading.Thread(target=start)
+            thread.start()
+            has_lock.wait()
+            if os.fork() == 0:
+                print(sum(distributed.Joblib.setup(abs, range(9), num_workers=2)))
+                sys.exit()
+            has_forked.set()
+            thread.join()
+            os.wait()
+    """
+    assert output_of(program(source)) == "36\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_may_be_started_in_a_fork(program):
     source = """
         import multiprocessing, os, sys, warnings
@@ -2143,6 +2180,58 @@ def test_a_run_may_be_started_in_a_fork(program):
                 os.wait()
     """
     assert output_of(program(source)) == "36 []\n36 []\n"
+
+
+def test_a_run_that_is_collected_while_another_uses_the_pool_is_not_waited_for(
+    monkeypatch,
+):
+    assert distributed._open_runs == set()
+    cycle = [Joblib.setup(abs, range(99), num_workers=2, batch_size=1)]
+    cycle.append(cycle)  # for the garbage collector alone
+    next(cycle[0])
+    (forsaken,) = distributed._open_runs
+    waits = []
+    monkeypatch.setattr(forsaken.ended, "wait", lambda **options: waits.append(options))
+    results = Joblib.setup(abs, range(9), num_workers=2, batch_size=1)
+    first = next(results)
+    submit = distributed._LokyPool.submit_backlog
+
+    def collect(pool):
+        submit(pool)
+        gc.collect()
+
+    monkeypatch.setattr(distributed._LokyPool, "submit_backlog", collect)
+    gc.disable()
+    try:
+        del cycle
+        assert first + sum(results) == sum(range(9))
+    finally:
+        gc.enable()
+    assert waits == []
+    wait_until(forsaken.ended.is_set)
+
+
+class UnstoppableThreading(joblib.parallel.ThreadingBackend):
+    """A joblib backend that fails when joblib has been told to stop."""
+
+    terminated = threading.Event()
+
+    def stop_call(self):
+        raise OSError("cannot stop")
+
+    def terminate(self):
+        super().terminate()
+        self.terminated.set()
+
+
+def test_workers_are_stopped_even_if_joblib_fails_to_stop(monkeypatch):
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    for _ in Joblib.setup(abs, range(99), 2, backend=UnstoppableThreading()):
+        break
+    assert UnstoppableThreading.terminated.wait(60)
+    assert distributed._open_runs == set()
+    assert [str(error.exc_value) for error in errors] == ["cannot stop"]
 
 
 def test_a_run_that_starts_shares_the_pool_as_it_is(tmp_path):
@@ -2372,7 +2461,8 @@ def uses_a_cluster(source):
     [example for example in EXAMPLES if not uses_a_cluster(example[0])],
 )
 def test_examples(program, source, output):
-    assert output_of(program(source)) == output
+    status = 128 + signal.SIGTERM if "SIGTERM" in source else 0
+    assert output_of(program(source), status) == output
 
 
 @pytest.mark.engines
