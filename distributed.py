@@ -270,8 +270,8 @@ class Joblib(DistributedBackend):
     LookupError: no more tasks
 
     *No hang.* A worker process that dies is an error, and so is the death of the thread
-    that manages loky's workers. To use loky in a fork of a process that has used it is a
-    `RuntimeError`.
+    that manages loky's workers. To use loky, or the fork server of `multiprocessing`, in
+    a fork of a process that has used it is a `RuntimeError`.
 
     *Self-contained.* Workers are sent one function of this module, by value. They import
     the module only if that of *task_func* does.
@@ -1750,7 +1750,13 @@ class _ConsumerDrivenPool(_ConsumerDriven):
             self.inbox,
             replaces_workers=options.get("maxtasksperchild") is not None,
         )
-        return super().configure(n_jobs, parallel, **options)
+        try:
+            return super().configure(n_jobs, parallel, **options)
+        except ChildProcessError as error:  # the server is a child of the parent
+            raise RuntimeError(
+                "multiprocessing's fork server does not work in a fork of a process that "
+                "has used it: use backend='threading'"
+            ) from error
 
     def fault(self) -> Exception | None:
         exit_codes = self.context.exit_codes() if self.context else []

@@ -2132,6 +2132,11 @@ def test_a_fork(program, backend):
     assert first == "a run cannot be read in a fork of the process it is from"
     if backend == "loky":
         assert "loky does not work in a fork" in second
+    elif (backend, multiprocessing.get_all_start_methods()[0]) == (
+        "multiprocessing",
+        "forkserver",
+    ):
+        assert "fork server does not work in a fork" in second
     else:
         assert second == "45"
     assert third == "99"
