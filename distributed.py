@@ -773,6 +773,7 @@ _RUN_BATCH_IN_THREAD = _batch_runner(packs_errors=False)
 #   +----------------------------------------+  a batch  +-----------+ tasks
 #
 #   a thread that ends a run: _Run.end() -> clean_up() of the backend
+#   loky only, a thread that hands over what had to wait: _LokyPool.feed()
 #
 # joblib draws tasks, puts them into a batch and submits it to its backend, together with
 # a callback. The backend (_ConsumerDriven) makes one call of the batch, `run_batch`, and
@@ -783,8 +784,11 @@ _RUN_BATCH_IN_THREAD = _batch_runner(packs_errors=False)
 # scheduling: it draws, batches and submits the next tasks.
 #
 # So joblib stays the scheduler, but everything that it does is done in the consumer's
-# thread, one step at a time; that makes runs bounded, composable and lossless. However a
-# run is left, what it has started is ended in a thread of its own (_Run.end).
+# thread, one step at a time; that makes runs lazy (nothing happens before the first
+# next()), bounded (a batch is drawn only when the results of another are out, so there
+# are never more than joblib drew at first, and what it draws at once, one a worker, on
+# top), composable and lossless. However a run is left, what it has started is ended in a
+# thread of its own (_Run.end).
 #
 # Of joblib this uses what backends of third parties are written against: joblib.parallel
 # with its tables of backends and eval_expr, the methods and attributes of backends, and
@@ -878,6 +882,7 @@ def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
             yield from run.one_by_one(source)
             return
         error: BaseException | None = None
+        callback: Any = None
         with run.backend.waiting():
             while run.inbox.expected:
                 callback, results, error = run.next_batch()
@@ -891,7 +896,7 @@ def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
             try:
                 raise error  # not inside `with`, which assigns to attributes of errors
             finally:
-                del error  # its traceback refers to this frame
+                del error, callback  # as its traceback refers to this frame
         if source.error is not None:
             raise source.error
         if not source.is_exhausted:
@@ -947,7 +952,7 @@ class _Inbox:
     def _wait(
         self, timeout: float | None, fault: Callable[[], Exception | None]
     ) -> tuple[int | None, Any]:
-        """Return the next report, or raise an error if none can be expected."""
+        """Return the next report, or a failure if none can be expected."""
         deadline = math.inf if timeout is None else time.monotonic() + min(timeout, 1e9)
         error: Exception | None = None
         while True:
@@ -962,7 +967,7 @@ class _Inbox:
                     message = f"no task has completed within the timeout of {timeout!r}"
                     raise _TaskTimeoutError(f"{message} seconds") from None
             if error is not None and fault() is not None:
-                raise error  # it stays, and its last reports had time to arrive
+                return None, _Failure(error)  # the last reports had time to arrive
             error = fault()
 
 
@@ -1049,8 +1054,9 @@ class _Run:
             try:
                 results, error = self.backend.results_of(outcome)
             except BaseException as fault:
-                # Its traceback refers to this frame, and so to the outcome, which refers
-                # to it: only the garbage collector would free such a circle.
+                # Its traceback refers to frames, which must not refer to what refers to it:
+                # only the garbage collector would free such a circle.
+                del callback, outcome
                 raise fault.with_traceback(None) from fault.__cause__
         if isinstance(error, tuple):
             error = _unpacked_error(*error)

@@ -1454,6 +1454,32 @@ def test_workers_of_a_pool_may_be_replaced():
     assert sorted(results) == list(range(20))
 
 
+@pytest.mark.parametrize(
+    ("function", "tasks", "backend"),
+    [
+        (int, ["1", "two"], "loky"),
+        (int, ["1", "two"], "threading"),
+        (abs, [-1, (task for task in ())], "multiprocessing"),
+        (os._exit, [1, 1], "multiprocessing"),
+    ],
+)
+def test_an_error_is_freed_with_its_last_reference(function, tasks, backend):
+    def is_alive():
+        return any(id(item) == number for item in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            list(Joblib.setup(function, tasks, 2, backend=backend))
+        except (TypeError, ValueError, BrokenExecutor) as error:
+            number = id(error)
+            assert is_alive()
+        assert not is_alive()
+    finally:
+        gc.enable()
+
+
 def test_workers_that_were_replaced_are_forgotten():
     options = {"backend": "multiprocessing", "batch_size": 1, "maxtasksperchild": 1}
     results = Joblib.setup(abs, range(60), 2, **options)
