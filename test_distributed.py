@@ -1454,6 +1454,30 @@ def test_workers_of_a_pool_may_be_replaced():
     assert sorted(results) == list(range(20))
 
 
+class Task:
+    """A task that can be referred to weakly."""
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_tasks_are_freed_when_they_have_been_run(batch_size):
+    alive = weakref.WeakSet()
+
+    def tasks():
+        for _ in range(50):
+            task = Task()
+            alive.add(task)
+            yield task
+            del task
+
+    options = {"backend": "threading", "batch_size": batch_size}
+    results = Joblib.setup(bool, tasks(), 2, **options)
+    for _ in range(12):
+        next(results)
+    # joblib draws a batch for each worker, one of which may wait to be run.
+    wait_until(lambda: len(alive) <= batch_size)
+    assert len(list(results)) == 38
+
+
 @pytest.mark.parametrize(
     ("function", "tasks", "backend"),
     [
