@@ -1643,7 +1643,16 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
 
     def kill_pool(self) -> None:
         _let_loky_kill()
+        feeders = [t for t in threading.enumerate() if t.name == "QueueFeederThread"]
         super().abort()
+        # Wait for the thread that has filled the pool's queue, as loky does not (joblib
+        # 1.5.0 to 1.6.0): if the interpreter exits while it lets go of a semaphore, that
+        # is reported as leaked. Other queues have such threads, too.
+        deadline = time.monotonic() + 2
+        while feeders and all(feeder.is_alive() for feeder in feeders):
+            time.sleep(0.001)
+            if time.monotonic() > deadline:
+                break
 
     def clean_up(self) -> None:
         if hasattr(self, "settings"):  # or else it was interrupted before

@@ -500,7 +500,8 @@ def check_what_was_received_comes_first(setup, folder, fault, expected_error):
     tasks = [touch(folder / str(task), task) for task in range(3)]
     results = setup(eval, [*tasks, f"{await_path(folder / 'go')} or {fault}"])
     received = [next(results)]
-    wait_until(lambda: len(list(folder.iterdir())) == 3)
+    (run,) = distributed._open_runs
+    wait_until(lambda: run.inbox.reports.qsize() == 2)  # the other two have arrived
     (folder / "go").touch()
     rest, error = collect(results, expected_error)
     assert sorted([*received, *rest]) == [0, 1, 2]
@@ -2190,6 +2191,31 @@ def test_a_fork(program, backend):
     else:
         assert second == "45"
     assert third == "99"
+
+
+def test_leaving_waits_for_the_thread_that_fills_the_queue_of_loky(program):
+    source = """
+        import itertools, threading, time
+        from joblib.externals.loky.backend import queues, resource_tracker
+        from yourpackage.distributed import Joblib
+
+        def feed_slowly(*arguments, feed=queues.Queue._feed):
+            feed(*arguments)
+            time.sleep(0.2)  # to be the last that has the semaphores
+
+        def unregister_slowly(*semaphore, unregister=resource_tracker.unregister):
+            if threading.current_thread().name == "QueueFeederThread":
+                time.sleep(0.1)
+            unregister(*semaphore)
+
+        if __name__ == "__main__":
+            queues.Queue._feed = feed_slowly
+            resource_tracker.unregister = unregister_slowly
+            for _ in Joblib.setup(abs, itertools.count(), num_workers=2):
+                break
+            time.sleep(0.25)
+    """
+    assert output_of(program(source)) == ""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
