@@ -696,7 +696,9 @@ def test_leaving_calls_off_what_is_queued(setup, tmp_path):
         next(results)
     (tmp_path / "go").touch()
     assert sorted(setup(abs, range(10))) == list(range(10))
-    assert list((tmp_path / "late").iterdir()) == []
+    # Workers of Dask may have begun one each before they hear of it.
+    most = 2 if setup.keywords["backend"] == "dask" else 0
+    assert len(list((tmp_path / "late").iterdir())) <= most
 
 
 def leave_by_break(results):
