@@ -287,11 +287,12 @@ class Joblib(DistributedBackend):
     - Whoever else uses loky through `joblib.Parallel` shares the pool, too: its failure
       is an error here, and the other way round. If it asks for another number of workers
       in another thread, both can wait for each other for ever, as two of its kind can.
-      To leave a run here may stop its work. When the main thread has ended, the pool takes no more tasks.
+      To leave a run here may stop its work, with a traceback of loky's printed. When the main thread has ended, the pool takes no more tasks.
     - Threads cannot be stopped: what they are busy with goes on in the background. The
       same is true of Dask's workers, which are threads.
     - With `multiprocessing`, a worker's death is noticed within about a second, and only
-      when no other task completes. An interrupt while it starts may leave workers.
+      when no other task completes; with *maxtasksperchild*, only if its exit code is not
+      0. An interrupt while it starts may leave workers.
     - Of a batch with a result that cannot be pickled, or a task that raises what is no
       `Exception`, such as `SystemExit`, no result arrives. With ``return_as="generator"``,
       results behind one that is missing are lost with it.
@@ -851,20 +852,21 @@ class _Source:
     def __init__(self, task_func: Callable[[Any], Any], tasks: Iterator[Any]) -> None:
         self.task_func = task_func
         self.tasks = tasks
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.is_exhausted = False
 
     def draw(self, run: _Run) -> Generator[Iterator[Any], None, None]:
         """Yield the tasks, as many at a time as joblib takes: one by one costs thrice.
 
-        Keep their error, for which joblib would drop the tasks drawn just before it.
+        Keep their error, for which joblib would drop the tasks drawn just before it. It
+        would take a GeneratorExit for that of its own generator.
         """
         while not self.is_exhausted:
             count = run.draw_count()
             drawn: deque[Any] = deque()
             try:
                 drawn.extend(itertools.islice(self.tasks, count))
-            except Exception as error:
+            except (Exception, GeneratorExit) as error:
                 self.error = error
             self.is_exhausted = len(drawn) < count
             # joblib keeps this for long, but none of the tasks that it has taken.
@@ -996,6 +998,7 @@ class _Run:
         # joblib's generator. Until the run has ended, weakref.finalize (in _results) and
         # _open_runs keep it from the garbage collector, which would make it warn.
         self.output: Any = None
+        self.results: list[Any] = []  # received, and not yet handed out; reversed
         self.reader = threading.current_thread()  # who has last read it
         self.is_at_work = False  # inside of joblib or the engine
         self.end_once = threading.Lock()  # once locked, never unlocked
@@ -1045,10 +1048,6 @@ class _Run:
         self,
     ) -> tuple[Callable[[Any], None], list[Any], BaseException | None]:
         """Wait for a batch. Return joblib's callback, the results (reversed), an error."""
-        if self.backend.process != os.getpid():
-            raise RuntimeError(
-                "a run cannot be read in a fork of the process it is from"
-            )
         with self.at_work():
             callback, outcome = self.inbox.take(self.timeout, self.backend.fault)
             try:
@@ -1061,6 +1060,7 @@ class _Run:
         if isinstance(error, tuple):
             error = _unpacked_error(*error)
         results.reverse()
+        self.results = results
         return callback, results, error
 
     def advance(self, callback: Callable[[Any], None]) -> None:
@@ -1072,6 +1072,10 @@ class _Run:
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Surround what the consumer's thread does with joblib and the engine."""
+        if self.backend.process != os.getpid():
+            raise RuntimeError(
+                "a run cannot be read in a fork of the process it is from"
+            )
         self.reader, self.is_at_work = threading.current_thread(), True
         try:
             yield
@@ -1194,6 +1198,8 @@ def _disown_runs_of_parent() -> None:
     """In a fork: let its exit not touch what the parent's runs have."""
     global _loky_pool
     _loky_pool = _LokyPool()  # the parent's may be locked by a thread that is not here
+    for run in _open_runs:
+        run.results.clear()  # which are to be read there
     if _open_runs or _loky_process is not None:
         # Private, but multiprocessing (to Python 3.14 at least) does so only in forks of
         # its own: others would stop its worker processes, or fail to wait for them.
@@ -1476,11 +1482,17 @@ class _LokyPool:
             return
         if settings is not run.settings:
             run.use_pool(settings)  # it has been changed since
-        # As said above: all that loky has must have arrived in its call queue.
+        # As said above: all that loky has must have arrived in its call queue. If it does
+        # not, what somebody else has submitted comes first: the pool is left to that.
+        deadline = time.monotonic() + 10
         while _is_loky_running() and not all(
             job.running() or job.done() for job in self.unfinished()
         ):
             time.sleep(0.001)
+            if time.monotonic() > deadline:
+                for job in self.unfinished():
+                    job.cancel()
+                return
         if _is_loky_running():
             run.kill_pool()
             self.out, self.settings = {}, None

@@ -531,6 +531,17 @@ def test_an_error_of_the_tasks_comes_after_all_results(any_setup, options):
     assert error.args == ("no more", 30)
 
 
+@pytest.mark.parametrize("options", [{}, {"pre_dispatch": "all"}])
+def test_tasks_may_raise_what_ends_a_generator(any_setup, options):
+    def tasks():
+        yield -1
+        raise GeneratorExit
+
+    received, error = collect(any_setup(abs, tasks(), **options), GeneratorExit)
+    assert received == [1]
+    assert error is not None
+
+
 def test_an_interrupt_of_the_tasks_comes_at_once(setup):
     def tasks():
         yield value(1)
@@ -2218,6 +2229,67 @@ def test_leaving_waits_for_the_thread_that_fills_the_queue_of_loky(program):
             time.sleep(0.25)
     """
     assert output_of(program(source)) == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("backend", LOCAL)
+def test_a_fork_that_reads_on_takes_nothing_from_its_parent(
+    program, backend, batch_size
+):
+    source = """
+        import os, sys, warnings
+        from yourpackage.distributed import Joblib
+
+        def tasks():
+            while byte := os.read(reader, 1):  # of a pipe that the fork has as well
+                yield byte[0]
+
+        if __name__ == "__main__":
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            reader, writer = os.pipe()
+            os.write(writer, bytes(range(40)))
+            os.close(writer)
+            backend, batch_size = sys.argv[1:]
+            results = Joblib.setup(
+                abs, tasks(), 2, backend=backend, batch_size=int(batch_size)
+            )
+            received = [next(results)]
+            if os.fork() == 0:
+                try:
+                    print(next(results))
+                except RuntimeError as error:
+                    print(error, flush=True)
+                os._exit(0)
+            os.wait()
+            print(sorted([*received, *results]) == list(range(40)))
+    """
+    assert output_of(program(source, backend, batch_size)) == (
+        "a run cannot be read in a fork of the process it is from\nTrue\n"
+    )
+
+
+def test_a_run_that_is_left_behind_the_work_of_others_does_not_block(tmp_path):
+    (tmp_path / "started").mkdir()
+
+    def stuck(task):
+        path = tmp_path / "started" / str(task)
+        return joblib.delayed(eval)(f"{touch(path)} or {await_path(tmp_path / 'go')}")
+
+    def work():
+        joblib.Parallel(n_jobs=2, pre_dispatch="all", batch_size=1)(
+            map(stuck, range(20))
+        )
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    wait_until(lambda: len(list((tmp_path / "started").iterdir())) == 2)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            next(Joblib.setup(abs, [-1, -2], num_workers=2, timeout=1))
+    (tmp_path / "go").touch()
+    worker.join()
+    assert sorted(Joblib.setup(abs, [-1, -2], num_workers=2)) == [1, 2]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
