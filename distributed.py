@@ -287,7 +287,8 @@ class Joblib(DistributedBackend):
     - Whoever else uses loky through `joblib.Parallel` shares the pool, too: its failure
       is an error here, and the other way round. If it asks for another number of workers
       in another thread, both can wait for each other for ever, as two of its kind can.
-      To leave a run here may stop its work, with a traceback of loky's printed. When the main thread has ended, the pool takes no more tasks.
+      To leave a run here may stop its work, and loky may print a traceback then. When
+      the main thread has ended, the pool takes no more tasks.
     - Threads cannot be stopped: what they are busy with goes on in the background. The
       same is true of Dask's workers, which are threads.
     - With `multiprocessing`, a worker's death is noticed within about a second, and only
@@ -1469,7 +1470,7 @@ class _LokyPool:
         self.backlog = deque(item for item in self.backlog if item[0] is not run)
         if self.feeder is not None:
             self.completions.put(None)
-        if run.settings.gone.is_set():
+        if run.has_pool and run.settings.gone.is_set():
             run.kill_pool()  # the run's own, to which another may have succeeded
         unwanted = set(self.unfinished().values()) - self.runs
         if (unwanted or run.was_interrupted) and not self.busy_runs():
