@@ -1,7 +1,8 @@
 """Run a function over many tasks: one by one, on all cores, or on a cluster.
 
 This file is meant to be copied: it needs Python 3.10 or newer, joblib 1.5 or newer and
-nothing else. `__version__`, below, tells whether there is a newer one where it comes from.
+nothing else. `__version__`, below, tells whether there is a newer one where it comes
+from.
 
 A backend is picked by name. Whichever it is, results come from a generator:
 
@@ -12,9 +13,9 @@ A backend is picked by name. Whichever it is, results come from a generator:
 2
 3
 
-"single_process" (`SingleProcess`) runs the tasks one after another in this process. Take
-it to debug, since breakpoints, `print` and profilers work as ever, and for work too small
-to share out.
+"single_process" (`SingleProcess`) runs the tasks one after another in this process.
+Take it to debug, since breakpoints, `print` and profilers work as ever, and for work
+too small to share out.
 
 "joblib" (`Joblib`) runs them on all cores; through joblib also in threads, or on a Dask
 or Ray cluster. Take it for everything else. Results come as they complete:
@@ -23,11 +24,11 @@ or Ray cluster. Take it for everything else. Results come as they complete:
 >>> sorted(backend.setup(abs, [-1, -2, -3]))
 [1, 2, 3]
 
-Both are lazy, take endless tasks, agree on errors and can be left at any time. The class
-`Joblib` says what else may be relied upon, and what not.
+Both are lazy, take endless tasks, agree on errors and can be left at any time. The
+class `Joblib` says what else may be relied upon, and what not.
 
-Put the file inside a package: a top-level module called ``distributed`` hides the package
-of that name in which Dask's scheduler lives.
+Put the file inside a package: a top-level module called ``distributed`` hides the
+package of that name in which Dask's scheduler lives.
 """
 
 # A batch that fails must be reported, whatever its error is:
@@ -81,9 +82,9 @@ R = TypeVar("R")
 class DistributedBackend(ABC):
     """Abstract base class of the backends: the interface that each of them implements.
 
-    Each has a strategy of its own, from one process that runs tasks sequentially to many
-    that run them in parallel. Both methods are static, so that a class serves as well as
-    an instance. A backend of your own implements the two:
+    Each has a strategy of its own, from one process that runs tasks sequentially to
+    many that run them in parallel. Both methods are static, so that a class serves as
+    well as an instance. A backend of your own implements the two:
 
     >>> class Backwards(DistributedBackend):
     ...     @staticmethod
@@ -210,17 +211,17 @@ class SingleProcess(DistributedBackend):
 
 
 class Joblib(DistributedBackend):
-    """Runs tasks in several worker processes, through joblib's `Parallel` and `delayed`.
+    """Runs tasks in several worker processes, by joblib's `Parallel` and `delayed`.
 
-    For CPU-intensive work, which gains from true parallelism. What follows holds on every
-    joblib backend, but for what is listed under "Not promised".
+    For CPU-intensive work, which gains from true parallelism. What follows holds on
+    every joblib backend, but for what is listed under "Not promised".
 
     *Lazy.* Nothing is drawn or started before the first result is asked for.
 
-    *Bounded.* At most *pre_dispatch* batches, and as many more as there are workers, have
-    been drawn beyond the results handed out, however slow the consumer and however many
-    tasks there are. With ``batch_size=1`` and a small *pre_dispatch*, tasks can depend on
-    earlier results.
+    *Bounded.* At most *pre_dispatch* batches, and as many more as there are workers,
+    have been drawn beyond the results handed out, however slow the consumer and however
+    many tasks there are. With ``batch_size=1`` and a small *pre_dispatch*, tasks can
+    depend on earlier results.
 
     >>> def tasks():
     ...     for task in itertools.count():
@@ -233,16 +234,17 @@ class Joblib(DistributedBackend):
     drawing 2
     drawing 3
 
-    *Ends cleanly.* Closing the generator ends the run, as do ``break``, ``del``, an error
-    and leaving the interpreter. What is queued is dropped, workers that are busy with the
-    run are stopped, and nothing is printed or warned of.
+    *Ends cleanly.* Closing the generator ends the run, as do ``break``, ``del``, an
+    error and leaving the interpreter. What is queued is dropped, workers that are busy
+    with the run are stopped, and nothing is printed or warned of.
 
     >>> results.close()
     >>> list(results)
     []
 
-    *The caller's thread.* *tasks* is advanced only inside ``next()``, in the thread that
-    calls it. Tasks may come from a database cursor, or depend on context variables.
+    *The caller's thread.* *tasks* is advanced only inside ``next()``, in the thread
+    that calls it. Tasks may come from a database cursor, or depend on context
+    variables.
 
     *Composable.* Runs can be chained, interleaved, overlapped and started inside a task
     (where joblib's default is threads).
@@ -251,12 +253,13 @@ class Joblib(DistributedBackend):
     >>> sorted(Joblib.setup(str, absolute, num_workers=2))
     ['1', '2', '3']
 
-    *Independent.* A run that fails, times out or is closed does not disturb another run.
+    *Independent.* A run that fails, times out or is closed does not disturb another
+    run.
 
     *Nothing is lost.* Whatever results were received before an error are handed out
-    first. An error of a task costs no earlier result of its batch (later tasks of it are
-    not run); an error of *tasks* is raised when the results of all that it did yield are
-    out.
+    first. An error of a task costs no earlier result of its batch (later tasks of it
+    are not run); an error of *tasks* is raised when the results of all that it did
+    yield are out.
 
     >>> def failing():
     ...     yield -1
@@ -270,33 +273,34 @@ class Joblib(DistributedBackend):
     LookupError: no more tasks
 
     *No hang.* A worker process that dies is an error, and so is the death of the thread
-    that manages loky's workers. To use loky, or the fork server of `multiprocessing`, in
-    a fork of a process that has used it is a `RuntimeError`.
+    that manages loky's workers. To use loky, or the fork server of `multiprocessing`,
+    in a fork of a process that has used it is a `RuntimeError`.
 
-    *Self-contained.* Workers are sent one function of this module, by value. They import
-    the module only if that of *task_func* does.
+    *Self-contained.* Workers are sent one function of this module, by value. They
+    import the module only if that of *task_func* does.
 
     Not promised:
 
     - loky has one pool of workers for a process. While one run has work in it, another
-      run that starts shares the pool as it is, with the number of workers, *initializer*
-      and memory-mapping options of the first. Of a run that is left then, up to two
-      batches a worker go on until the other runs have ended; if they are stuck, only a
-      *timeout* of the others ends the wait. A worker that dies, or a task or result that
-      cannot be unpickled, is an error in every run that has work in the pool.
+      run that starts shares the pool as it is, with the number of workers,
+      *initializer* and memory-mapping options of the first. Of a run that is left then,
+      up to two batches a worker go on until the other runs have ended; if they are
+      stuck, only a *timeout* of the others ends the wait. A worker that dies, or a task
+      or result that cannot be unpickled, is an error in every run that has work in the
+      pool.
     - Whoever else uses loky through `joblib.Parallel` shares the pool, too: its failure
-      is an error here, and the other way round. If it asks for another number of workers
-      in another thread, both can wait for each other for ever, as two of its kind can.
-      To leave a run here may stop its work, and loky may print a traceback then. When
-      the main thread has ended, the pool takes no more tasks.
+      is an error here, and the other way round. If it asks for another number of
+      workers in another thread, both can wait for each other for ever, as two of its
+      kind can. To leave a run here may stop its work, and loky may print a traceback
+      then. When the main thread has ended, the pool takes no more tasks.
     - Threads cannot be stopped: what they are busy with goes on in the background. The
       same is true of Dask's workers, which are threads.
-    - With `multiprocessing`, a worker's death is noticed within about a second, and only
-      when no other task completes; with *maxtasksperchild*, only if its exit code is not
-      0. An interrupt while it starts may leave workers.
+    - With `multiprocessing`, a worker's death is noticed within about a second, and
+      only when no other task completes; with *maxtasksperchild*, only if its exit code
+      is not 0. An interrupt while it starts may leave workers.
     - Of a batch with a result that cannot be pickled, or a task that raises what is no
-      `Exception`, such as `SystemExit`, no result arrives. With ``return_as="generator"``,
-      results behind one that is missing are lost with it.
+      `Exception`, such as `SystemExit`, no result arrives. With
+      ``return_as="generator"``, results behind one that is missing are lost with it.
     - To close a run in a thread that is not the last to have read it does not wait for
       its workers to stop; elsewhere, that wait ends after 10 seconds.
     - An error of *tasks* that is no `Exception`, such as `KeyboardInterrupt`, is raised
@@ -331,8 +335,8 @@ class Joblib(DistributedBackend):
         Parameters
         ----------
         task_func : Callable[[T], R]
-            The function to run; it is called with one task. Worker processes are sent it,
-            the tasks and the results: all must be picklable, on most backends by
+            The function to run; it is called with one task. Worker processes are sent
+            it, the tasks and the results: all must be picklable, on most backends by
             cloudpickle, which takes lambdas and functions of ``__main__``, too.
         tasks : Iterable[T]
             The tasks; an iterator, as the interface has it, or any other iterable.
@@ -345,58 +349,60 @@ class Joblib(DistributedBackend):
             Options. Those of `joblib.Parallel`, but for ``n_jobs``:
 
             backend : str or joblib.parallel.ParallelBackendBase, default "loky"
-                "loky" (processes), "threading", "multiprocessing", "dask" (the cluster of
-                the current `dask.distributed.Client`), "ray", another registered name, or
-                an instance. An open `joblib.parallel_config`, *prefer* or *require* may
-                change the default.
+                "loky" (processes), "threading", "multiprocessing", "dask" (the cluster
+                of the current `dask.distributed.Client`), "ray", another registered
+                name, or an instance. An open `joblib.parallel_config`, *prefer* or
+                *require* may change the default.
             return_as : {"generator_unordered", "generator"}
                 Results as they complete, which is the default, or in the order of the
                 tasks. In order, a task that takes long keeps workers idle once
                 *pre_dispatch* batches are out.
             timeout : float, optional
                 Seconds. When the consumer has waited for that long and no batch has
-                completed, the run ends with an error. The start of the workers and their
-                imports count, too. Default: wait for ever. Ignored with one worker.
+                completed, the run ends with an error. The start of the workers and
+                their imports count, too. Default: wait for ever. Ignored with one
+                worker.
             batch_size : int or "auto", default "auto"
-                Tasks sent to a worker at once. "auto" starts with 1 and grows for as long
-                as a batch is out and read within 0.2 seconds, up to 8192.
+                Tasks sent to a worker at once. "auto" starts with 1 and grows for as
+                long as a batch is out and read within 0.2 seconds, up to 8192.
             pre_dispatch : int or str, default "2 * n_jobs"
-                How far to work ahead: tasks drawn at first, and the most batches that are
-                out later; a number, a formula, or "all", which lifts the bound.
+                How far to work ahead: tasks drawn at first, and the most batches that
+                are out later; a number, a formula, or "all", which lifts the bound.
             initializer, initargs : callable and tuple, optional
-                Called in each worker process of "loky" or "multiprocessing" as it starts.
+                Called in each worker process of "loky" or "multiprocessing" as it
+                starts.
             prefer, require, verbose, temp_folder, max_nbytes, mmap_mode
                 As in joblib.
 
             Also what else the backend takes from `joblib.Parallel`, such as loky's
             ``idle_worker_timeout`` (seconds, default 300). What its constructor takes
             goes into a ``joblib.parallel_config(backend=..., ...)`` around the call.
-            One that is open when `setup` is called is honoured; neither it nor a backend
-            passed in is changed.
+            One that is open when `setup` is called is honoured; neither it nor a
+            backend passed in is changed.
 
         Returns
         -------
         Generator[R, None, None]
-            Yields the results. Like any generator, it can be read by several threads, but
-            only by one at a time.
+            Yields the results. Like any generator, it can be read by several threads,
+            but only by one at a time.
 
         Raises
         ------
         TypeError, ValueError, ImportError
-            At once, if an argument is not as said here, or if the package of *backend* is
-            missing or hidden; the message names the argument and shows the value. If
+            At once, if an argument is not as said here, or if the package of *backend*
+            is missing or hidden; the message names the argument and shows the value. If
             a formula of *pre_dispatch* comes to 0 for the workers that turn up, it is
             raised from the generator.
         TimeoutError
             From the generator, after *timeout*; also a `multiprocessing.TimeoutError`.
         concurrent.futures.BrokenExecutor
-            From the generator, if a worker process of loky or `multiprocessing` dies. Of
-            Dask, it is a ``KilledWorker``; of Ray, a ``RayActorError``.
+            From the generator, if a worker process of loky or `multiprocessing` dies.
+            Of Dask, it is a ``KilledWorker``; of Ray, a ``RayActorError``.
         Exception
-            From the generator: what *tasks* raised, as it is; or what a task raised, with
-            the text of the worker's traceback as its cause. If it cannot be pickled, it
-            is put together again without its ``__init__``, or else is a `RuntimeError`
-            that shows it, as a `StopIteration` always is.
+            From the generator: what *tasks* raised, as it is; or what a task raised,
+            with the text of the worker's traceback as its cause. If it cannot be
+            pickled, it is put together again without its ``__init__``, or else is a
+            `RuntimeError` that shows it, as a `StopIteration` always is.
         """
         source = _Source(task_func, _checked_tasks(task_func, tasks))
         return _results(_Run(num_workers, kwargs), source)
@@ -405,7 +411,8 @@ class Joblib(DistributedBackend):
     def shutdown(*args: Any, **kwargs: Any) -> None:
         """Do nothing: joblib needs no shutdown. May be called at any time, or never.
 
-        loky's worker processes stay for the next run, and leave when idle for 300 seconds.
+        loky's worker processes stay for the next run, and leave when idle for 300
+        seconds.
 
         >>> Joblib.shutdown()
         """
@@ -451,8 +458,8 @@ def get_backend(backend_name: str) -> DistributedBackend:
 
 
 # --------------------------------------------------------------------------------------
-# Arguments: all that is wrong with them is said when `setup` is called. What joblib says
-# clearly by itself, when its Parallel is made, is left to it.
+# Arguments: all that is wrong with them is said when `setup` is called. What joblib
+# says clearly by itself, when its Parallel is made, is left to it.
 
 
 def _checked_tasks(task_func: Callable[[T], R], tasks: Iterable[T]) -> Iterator[T]:
@@ -633,9 +640,9 @@ def _require_dask() -> None:
         raise ImportError(f"backend='dask' needs Dask: {message}") from error
     if not hasattr(package, "Client"):
         raise ImportError(
-            f"backend='dask' needs Dask's package 'distributed', which {package.__file__} "
-            "hides, since it is a top-level module of the same name: move that file into "
-            "a package"
+            f"backend='dask' needs Dask's package 'distributed', which is hidden by "
+            f"{package.__file__}, a top-level module of the same name: move that file "
+            "into a package"
         )
 
 
@@ -655,11 +662,12 @@ def _register_ray() -> None:
 def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]:
     """Return the function that runs a batch in a worker.
 
-    It travels by value, so it refers to nothing of this module and imports what it needs.
+    It travels by value, so it refers to nothing of this module and imports what it
+    needs.
     """
 
     def run_batch(task_func: Any, *tasks: Any) -> tuple[list[Any], Any]:
-        """Return the results, and the error of the task that ended the batch, if any."""
+        """Return the results, and the error of the task that ended it, if any."""
         results: list[Any] = []
         try:
             for task in tasks:
@@ -669,7 +677,7 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
         return results, None
 
     def pack(error: Exception) -> tuple[bytes | None, str, str]:
-        """Return *error* pickled in a form that survives, its summary, its traceback."""
+        """Return *error* pickled in a form that survives, a summary, a traceback."""
         import builtins
         import contextlib
         import pickle
@@ -690,8 +698,9 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
         kind: Any = type(error)
         summary = show(traceback.format_exception_only)
         text = show(traceback.format_exception, error.__traceback__)
-        # Many a class cannot be called with the `args` that it has passed to its base, as
-        # pickle would. What the built-in class underneath knows is sent instead, then.
+        # Many a class cannot be called with the `args` that it has passed to its base,
+        # as pickle would. What the built-in class underneath knows is sent instead,
+        # then.
         bases = [base for base in kind.__mro__ if base in vars(builtins).values()]
         builtin: Any = bases[0]
         for form in (error, (builtin, *builtin.__reduce__(error))):
@@ -753,8 +762,9 @@ _RUN_BATCH_IN_THREAD = _batch_runner(packs_errors=False)
 # --------------------------------------------------------------------------------------
 # Running tasks.
 #
-# The consumer is whoever reads the generator that `setup` returns. An engine is what runs
-# the batches of a joblib backend: loky, a multiprocessing.Pool, threads, Dask or Ray.
+# The consumer is whoever reads the generator that `setup` returns. An engine is what
+# runs the batches of a joblib backend: loky, a multiprocessing.Pool, threads, Dask or
+# Ray.
 #
 #   the consumer's thread                            threads of the   worker processes
 #                                                    engine           or threads
@@ -777,28 +787,29 @@ _RUN_BATCH_IN_THREAD = _batch_runner(packs_errors=False)
 #   a thread that ends a run: _Run.end() -> clean_up() of the backend
 #   loky only, a thread that hands over what had to wait: _LokyPool.feed()
 #
-# joblib draws tasks, puts them into a batch and submits it to its backend, together with
-# a callback. The backend (_ConsumerDriven) makes one call of the batch, `run_batch`, and
-# hands it to the engine together with a callback of its own: all that this one does, in
-# a thread of the engine, is to put what has become of the batch into the _Inbox. The
-# consumer, when asked for the next result, takes it out and hands the results on. Only
-# when they are all out it runs joblib's callback, in which lies the whole of joblib's
-# scheduling: it draws, batches and submits the next tasks.
+# joblib draws tasks, puts them into a batch and submits it to its backend, together
+# with a callback. The backend (_ConsumerDriven) makes one call of the batch,
+# `run_batch`, and hands it to the engine together with a callback of its own: all that
+# this one does, in a thread of the engine, is to put what has become of the batch into
+# the _Inbox. The consumer, when asked for the next result, takes it out and hands the
+# results on. Only when they are all out it runs joblib's callback, in which lies the
+# whole of joblib's scheduling: it draws, batches and submits the next tasks.
 #
 # So joblib stays the scheduler, but everything that it does is done in the consumer's
 # thread, one step at a time; that makes runs lazy (nothing happens before the first
 # next()), bounded (a batch is drawn only when the results of another are out, so there
 # are never more than joblib drew at first, and what it draws at once, one a worker, on
-# top), composable and lossless. However a run is left, what it has started is ended in a
-# thread of its own (_Run.end).
+# top), composable and lossless. However a run is left, what it has started is ended in
+# a thread of its own (_Run.end).
 #
-# Of joblib this uses what backends of third parties are written against: joblib.parallel
-# with its tables of backends and eval_expr, the methods and attributes of backends, and
-# BatchedCalls.items. Besides: of its Dask backend the futures it waits for and the data
-# it has scattered; what wrap_non_picklable_objects reduces to; of its vendored loky the
-# names of its threads and processes, ShutdownExecutorError, get_reusable_executor and
-# the class Popen; that its pool makes the pipe of the tasks first; and the name of one
-# exit handler (_keep_folders_of_parent). All of it is the same from 1.5.0 to 1.6.0.
+# Of joblib this uses what backends of third parties are written against:
+# joblib.parallel with its tables of backends and eval_expr, the methods and attributes
+# of backends, and BatchedCalls.items. Besides: of its Dask backend the futures it waits
+# for and the data it has scattered; what wrap_non_picklable_objects reduces to; of its
+# vendored loky the names of its threads and processes, ShutdownExecutorError,
+# get_reusable_executor and the class Popen; that its pool makes the pipe of the tasks
+# first; and the name of one exit handler (_keep_folders_of_parent). All of it is the
+# same from 1.5.0 to 1.6.0.
 
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
@@ -934,7 +945,7 @@ class _Inbox:
         return lambda outcome: put((number, outcome))  # refers to no more: see _Source
 
     def fail(self, error: BaseException) -> None:
-        """Report an error that no batch is known to have caused. Any thread may do so."""
+        """Report an error of no batch that is known. Any thread may do so."""
         self.reports.put((None, _Failure(error)))
 
     def take(
@@ -978,8 +989,8 @@ class _Run:
     """One call of `Joblib.setup`, but for its function and its tasks (see _Source).
 
     It steps joblib through the run, and sees to it that the run is ended, once, however
-    it is left. Any thread may call `end`, which has `clean_up` called in a thread of its
-    own; all other methods are for the consumer's thread.
+    it is left. Any thread may call `end`, which has `clean_up` called in a thread of
+    its own; all other methods are for the consumer's thread.
     """
 
     def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
@@ -996,8 +1007,8 @@ class _Run:
             return_as="generator_unordered",
             **options,
         )
-        # joblib's generator. Until the run has ended, weakref.finalize (in _results) and
-        # _open_runs keep it from the garbage collector, which would make it warn.
+        # joblib's generator. Until the run has ended, weakref.finalize (in _results)
+        # and _open_runs keep it from the garbage collector, which would make it warn.
         self.output: Any = None
         self.results: list[Any] = []  # received, and not yet handed out; reversed
         self.reader = threading.current_thread()  # who has last read it
@@ -1048,14 +1059,14 @@ class _Run:
     def next_batch(
         self,
     ) -> tuple[Callable[[Any], None], list[Any], BaseException | None]:
-        """Wait for a batch. Return joblib's callback, the results (reversed), an error."""
+        """Wait for a batch. Return joblib's callback, results (reversed), an error."""
         with self.at_work():
             callback, outcome = self.inbox.take(self.timeout, self.backend.fault)
             try:
                 results, error = self.backend.results_of(outcome)
             except BaseException as fault:
-                # Its traceback refers to frames, which must not refer to what refers to it:
-                # only the garbage collector would free such a circle.
+                # Its traceback refers to frames, which must not refer to what refers to
+                # it: only the garbage collector would free such a circle.
                 del callback, outcome
                 raise fault.with_traceback(None) from fault.__cause__
         if isinstance(error, tuple):
@@ -1096,9 +1107,9 @@ class _Run:
     def end(self) -> None:
         """End the run, and wait for that if it is this thread's. May be repeated.
 
-        It is done in another thread, where no signal handler interrupts it, and which can
-        wait for whatever this one may hold: the garbage collector may call this anywhere,
-        even in the middle of another run's submission.
+        It is done in another thread, where no signal handler interrupts it, and which
+        can wait for whatever this one may hold: the garbage collector may call this
+        anywhere, even in the middle of another run's submission.
         """
         if self.ended.is_set() or self.backend.process != os.getpid():
             return
@@ -1128,21 +1139,22 @@ class _Run:
 # Ending runs.
 #
 # However a run ends (`finally` of _results, the finalizer of its tasks, or a hook at
-# exit), _Run.end is called. In a thread of its own that calls _Run.clean_up, which closes
-# joblib's generator and then calls clean_up of the backend: `abort` drops what is queued
-# and stops the workers that are busy, `finish` releases what the run has used.
+# exit), _Run.end is called. In a thread of its own that calls _Run.clean_up, which
+# closes joblib's generator and then calls clean_up of the backend: `abort` drops what
+# is queued and stops the workers that are busy, `finish` releases what the run has
+# used.
 #
-# A run stands in _open_runs from its start until all that it has started has ended. When
-# the interpreter exits, runs that nobody will read to the end are ended: those that were
-# last read in the main thread, in one that has ended, or in a daemon thread. There are two
-# hooks, since loky waits for running tasks in a hook of `threading`, which comes before
-# those of `atexit`.
+# A run stands in _open_runs from its start until all that it has started has ended.
+# When the interpreter exits, runs that nobody will read to the end are ended: those
+# that were last read in the main thread, in one that has ended, or in a daemon thread.
+# There are two hooks, since loky waits for running tasks in a hook of `threading`,
+# which comes before those of `atexit`.
 
 _open_runs: set[_Run] = set()
 
 
 def _call_in_thread(function: Callable[[], object]) -> threading.Thread | None:
-    """Start *function* in a thread; call it here if no thread can be started any more."""
+    """Start *function* in a thread; call it here if no thread can be started."""
     thread = threading.Thread(target=function, daemon=True)
     try:
         if not sys.is_finalizing():
@@ -1161,7 +1173,8 @@ def _end_open_runs() -> None:
         if run.backend.process != os.getpid():
             continue  # it is that of a parent of this fork
         if reader is threading.main_thread() or not reader.is_alive():
-            # Whoever reads on, in a hook that comes later, must not take it for the end.
+            # Whoever reads on, in a hook that comes later, must not take it for the
+            # end.
             run.inbox.fail(
                 RuntimeError("the run was ended, since the interpreter exits")
             )
@@ -1183,15 +1196,15 @@ def _end_open_runs_at_exit() -> None:
 def _end_open_runs_before_loky() -> None:
     """See to it, once, that open runs are ended before loky waits for running tasks.
 
-    The last hook of `threading` to be registered is the first to run; so this is for when
-    loky has registered its own.
+    The last hook of `threading` to be registered is the first to run; so this is for
+    when loky has registered its own.
     """
     _register_before_exit(_end_open_runs)
 
 
 def _register_before_exit(function: Callable[[], object]) -> None:
-    # Private, but loky and concurrent.futures stand and fall with it. Without it, leaving
-    # the interpreter with a run open takes as long as the tasks that are running.
+    # Private, but loky and concurrent.futures stand and fall with it. Without it, to
+    # leave the interpreter with a run open takes as long as the tasks that are running.
     getattr(threading, "_register_atexit", atexit.register)(function)
 
 
@@ -1202,8 +1215,8 @@ def _disown_runs_of_parent() -> None:
     for run in _open_runs:
         run.results.clear()  # which are to be read there
     if _open_runs or _loky_process is not None:
-        # Private, but multiprocessing (to Python 3.14 at least) does so only in forks of
-        # its own: others would stop its worker processes, or fail to wait for them.
+        # Private, but multiprocessing (to Python 3.14 at least) does so only in forks
+        # of its own: others would stop its worker processes, or fail to wait for them.
         getattr(multiprocessing.process, "_children", set()).clear()
         with contextlib.suppress(RuntimeError):  # the interpreter exits already
             _register_before_exit(_keep_folders_of_parent)
@@ -1278,7 +1291,7 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
             return None
 
     def submit_to_engine(self, batch: Any, report: Callable[[Any], None]) -> Any:
-        """Give a batch to the engine, which is to call *report* when it has completed."""
+        """Give a batch to the engine, which calls *report* when it has completed."""
         return super().submit(batch, callback=report)
 
     def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
@@ -1293,16 +1306,17 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         return None
 
     def retrieve_result_callback(self, out: Any) -> list[None]:
-        # joblib asks for the results in its callback, when they have been handed out. It
-        # gets one item a batch, so that its generator advances by one step a batch.
+        # joblib asks for the results in its callback, when they have been handed out.
+        # It gets one item a batch, so that its generator advances by one step a batch.
         return [None]
 
     def compute_batch_size(self) -> int:
         before = self.wanted_batch_size
         size = self.wanted_batch_size = super().compute_batch_size()
         if size > before and self.last_duration < 0.01:
-            # joblib doubles the size at each step. If a batch takes next to no time, it is
-            # told how long one of the new size would take, and takes the next step, too.
+            # joblib doubles the size at each step. If a batch takes next to no time, it
+            # is told how long one of the new size would take, and takes the next step,
+            # too.
             super().batch_completed(size, self.last_duration * size / before)
             self.wanted_batch_size = super().compute_batch_size()
         self.effective_batch_size = min(self.wanted_batch_size, _LARGEST_BATCH)
@@ -1334,13 +1348,15 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         super().terminate()
 
     def separate_from(self, original: Any) -> None:
-        """Take over what must not be shared with *original*, of which this is a copy."""
+        """Give up what must not be shared with *original*, of which this is a copy."""
         if hasattr(self, "reset_batch_stats"):
             self.reset_batch_stats()  # those of another run
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Return what is to surround the run. In a task on Dask, it frees the place of that
-        task meanwhile, or nested runs could fill the cluster and wait for ever.
+        """Return what is to surround the run.
+
+        In a task on Dask, it frees the place of that task meanwhile. Otherwise nested
+        runs could fill the cluster and wait for ever.
         """
         context: contextlib.AbstractContextManager[None] = super().retrieval_context()
         return context
@@ -1353,7 +1369,7 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
 
 
 class _PoolSettings(NamedTuple):
-    """What a run asks of loky's pool. Once there is such a pool, the object stands for it."""
+    """What a run asks of loky's pool. If there is such a pool, it stands for that."""
 
     n_jobs: int
     capacity: int  # the most batches that loky may have
@@ -1367,18 +1383,19 @@ class _LokyPool:
     """loky's one pool of workers, as the runs of this process share it.
 
     It keeps runs independent: joblib resizes or replaces the pool for each run that
-    starts, and kills it for each that is left. Here a pool in which another run has work
-    is left as it is.
+    starts, and kills it for each that is left. Here a pool in which another run has
+    work is left as it is.
 
     And it lets any run be left at any time. loky has a manager thread, which moves what
     is submitted into a queue, from which the workers take it; the future is then
-    "running". If the pool is killed while more has been submitted than that queue holds,
-    the manager thread dies of a KeyError, and nothing completes any more (joblib 1.5.0 to
-    1.6.0). So loky never gets more: the rest waits here, in the backlog.
+    "running". If the pool is killed while more has been submitted than that queue
+    holds, the manager thread dies of a KeyError, and nothing completes any more (joblib
+    1.5.0 to 1.6.0). So loky never gets more: the rest waits here, in the backlog.
 
     Any thread may call the methods, with the lock held. Two are called without it:
-    `feed`, in a thread of its own, takes it; `note_completion`, in loky's manager thread,
-    must not, since whoever kills the pool holds it and waits for that thread to end.
+    `feed`, in a thread of its own, takes it; `note_completion`, in loky's manager
+    thread, must not, since whoever kills the pool holds it and waits for that thread to
+    end.
     """
 
     def __init__(self) -> None:
@@ -1396,7 +1413,7 @@ class _LokyPool:
         return self.out
 
     def busy_runs(self) -> set[_ConsumerDrivenLoky]:
-        """Return the runs that wait for results. What ended runs have left is not theirs."""
+        """Return the runs that wait for results, which ended runs do not."""
         return self.runs & {
             *self.unfinished().values(),
             *(item[0] for item in self.backlog),
@@ -1465,7 +1482,7 @@ class _LokyPool:
             self.completions.put(None)
 
     def remove(self, run: _ConsumerDrivenLoky) -> None:
-        """Drop what *run* has queued. Kill the pool if it is busy for ended runs alone."""
+        """Drop what *run* has queued. Kill a pool that is busy for ended runs alone."""
         self.runs.discard(run)
         self.backlog = deque(item for item in self.backlog if item[0] is not run)
         if self.feeder is not None:
@@ -1483,8 +1500,9 @@ class _LokyPool:
             return
         if settings is not run.settings:
             run.use_pool(settings)  # it has been changed since
-        # As said above: all that loky has must have arrived in its call queue. If it does
-        # not, what somebody else has submitted comes first: the pool is left to that.
+        # As said above: all that loky has must have arrived in its call queue. If it
+        # does not, what somebody else has submitted comes first: the pool is left to
+        # that.
         deadline = time.monotonic() + 10
         while _is_loky_running() and not all(
             job.running() or job.done() for job in self.unfinished()
@@ -1523,7 +1541,8 @@ def _loky(module: str) -> Any:
 def _is_loky_running() -> bool:
     """Tell whether there is a manager thread of loky, without which nothing completes.
 
-    That of an executor that somebody else has made counts, too: it cannot be told apart.
+    That of an executor that somebody else has made counts, too: it cannot be told
+    apart.
     """
     return any(
         thread.name == "ExecutorManagerThread" for thread in threading.enumerate()
@@ -1549,8 +1568,9 @@ _NO_PGREP = "Failed to kill subprocesses on this platform"
 def _let_loky_kill() -> None:
     """Let loky kill its workers where there is neither psutil nor pgrep, in silence.
 
-    It warns there, which is an error to some programs, and calls a method that its class
-    of processes lacks on POSIX (joblib 1.5.0 to 1.6.0). Its manager thread dies of that.
+    It warns there, which is an error to some programs, and calls a method that its
+    class of processes lacks on POSIX (joblib 1.5.0 to 1.6.0). Its manager thread dies
+    of that.
     """
     if os.name == "posix":
         popen = _loky("backend.popen_loky_posix").Popen
@@ -1589,8 +1609,8 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
                 "process by 'spawn', or use backend='multiprocessing' or 'threading'"
             )
         self.parallel, self.workers = parallel, workers
-        # loky's queue has room for two batches a core, however large the pool has grown;
-        # and for as many as there are workers, since each takes one out.
+        # loky's queue has room for two batches a core, however large the pool has
+        # grown; and for as many as there are workers, since each takes one out.
         capacity = max(workers, 2 * min(workers, joblib.cpu_count()))
         self.settings = _PoolSettings(
             workers,
@@ -1659,8 +1679,8 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         feeders = [t for t in threading.enumerate() if t.name == "QueueFeederThread"]
         super().abort()
         # Wait for the thread that has filled the pool's queue, as loky does not (joblib
-        # 1.5.0 to 1.6.0): if the interpreter exits while it lets go of a semaphore, that
-        # is reported as leaked. Other queues have such threads, too.
+        # 1.5.0 to 1.6.0): if the interpreter exits while it lets go of a semaphore,
+        # that is reported as leaked. Other queues have such threads, too.
         deadline = time.monotonic() + 2
         while feeders and all(feeder.is_alive() for feeder in feeders):
             time.sleep(0.001)
@@ -1684,12 +1704,12 @@ class _PoolContext:
     `multiprocessing.Pool` (of Python 3.10 to 3.14) does not report that a worker has
     died, and its result thread dies of a result that it cannot unpickle. When the pool
     terminates a worker that has one of its locks, or is in the middle of a message, or
-    handles SIGTERM, it waits for ever. With what is recorded, the first two are found out
-    and the last is broken off.
+    handles SIGTERM, it waits for ever. With what is recorded, the first two are found
+    out and the last is broken off.
 
     The pool calls `Process`, `Lock` and `Pipe` as it is made, in the consumer's thread,
-    and later `Process` and `receive` in its own; the consumer's thread calls `exit_codes`,
-    the one that ends the run the rest.
+    and later `Process` and `receive` in its own; the consumer's thread calls
+    `exit_codes`, the one that ends the run the rest.
     """
 
     def __init__(self, context: Any, inbox: _Inbox, *, replaces_workers: bool) -> None:
@@ -1782,8 +1802,8 @@ class _ConsumerDrivenPool(_ConsumerDriven):
             return super().configure(n_jobs, parallel, **options)
         except ChildProcessError as error:  # the server is a child of the parent
             raise RuntimeError(
-                "multiprocessing's fork server does not work in a fork of a process that "
-                "has used it: use backend='threading'"
+                "multiprocessing's fork server does not work in a fork of a process "
+                "that has used it: use backend='threading'"
             ) from error
 
     def fault(self) -> Exception | None:
@@ -1834,8 +1854,8 @@ class _ConsumerDrivenDask(_ConsumerDriven):
         self.data_futures, self.original = original.data_futures, original
 
     def effective_n_jobs(self, n_jobs: int) -> int:
-        # With one worker tasks would run in this process, not on the cluster. With none,
-        # joblib raises an error.
+        # With one worker tasks would run in this process, not on the cluster. With
+        # none, joblib raises an error.
         workers = int(super().effective_n_jobs(n_jobs))
         return workers and max(workers, 2)
 
@@ -1859,9 +1879,9 @@ class _ConsumerDrivenDask(_ConsumerDriven):
 class _DaskClient:
     """A Dask client for joblib, on whose event loop nothing fails in silence.
 
-    There joblib (1.5.0 to 1.6.0) sends tasks and fetches results. What cannot be pickled
-    makes that fail; all that Dask does about it is to write to a log. joblib calls
-    `add_callback` in the consumer's thread and on the event loop.
+    There joblib (1.5.0 to 1.6.0) sends tasks and fetches results. What cannot be
+    pickled makes that fail; all that Dask does about it is to write to a log. joblib
+    calls `add_callback` in the consumer's thread and on the event loop.
     """
 
     def __init__(self, client: Any, inbox: _Inbox) -> None:
