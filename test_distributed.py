@@ -1503,7 +1503,11 @@ def test_tasks_are_freed_when_they_have_been_run(batch_size):
 )
 def test_an_error_is_freed_with_its_last_reference(function, tasks, backend):
     def is_alive():
-        return any(id(item) == number for item in gc.get_objects())
+        return any(
+            id(item) == number
+            for item in gc.get_objects()
+            if isinstance(item, BaseException)
+        )
 
     gc.collect()
     gc.disable()
