@@ -1500,6 +1500,11 @@ class _LokyPool:
             return
         if settings is not run.settings:
             run.use_pool(settings)  # it has been changed since
+        if run.was_interrupted:
+            # Just then, loky may have got a batch that is not in `out`. What is submitted
+            # now arrives after it.
+            with contextlib.suppress(Exception):
+                self.out[run.submit_probe()] = run
         # As said above: all that loky has must have arrived in its call queue. If it
         # does not, what somebody else has submitted comes first: the pool is left to
         # that.
@@ -1673,6 +1678,9 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         if _is_loky_running():
             return None
         return RuntimeError("loky has stopped working: its manager thread has died")
+
+    def submit_probe(self) -> Any:
+        return super().submit_to_engine(os.getpid, lambda job: None)
 
     def kill_pool(self) -> None:
         _let_loky_kill()

@@ -2126,6 +2126,33 @@ INTERRUPTED = """
 """
 
 
+def test_an_interrupt_while_loky_gets_a_batch(monkeypatch):
+    process_executor = importlib.import_module("joblib.externals.loky.process_executor")
+    submit = process_executor.ProcessPoolExecutor.submit
+    manager = process_executor._ExecutorManagerThread
+    wait = manager.wait_result_broken_or_wakeup
+
+    def submit_and_interrupt(executor, *call):
+        monkeypatch.setattr(process_executor.ProcessPoolExecutor, "submit", submit)
+        submit(executor, *call)
+        raise KeyboardInterrupt
+
+    def wait_long(thread):
+        received = wait(thread)
+        time.sleep(0.1)
+        return received
+
+    results = Joblib.setup(abs, range(20), num_workers=2, batch_size=1)
+    next(results)
+    monkeypatch.setattr(manager, "wait_result_broken_or_wakeup", wait_long)
+    monkeypatch.setattr(
+        process_executor.ProcessPoolExecutor, "submit", submit_and_interrupt
+    )
+    with pytest.raises(KeyboardInterrupt):
+        list(results)
+    assert sorted(Joblib.setup(abs, range(20), num_workers=2)) == list(range(20))
+
+
 def test_the_error_of_a_dead_worker_is_shown_as_it_is():
     _, error = collect(Joblib.setup(eval, [KILL] * 2, num_workers=2), BrokenExecutor)
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
