@@ -1501,8 +1501,8 @@ class _LokyPool:
         if settings is not run.settings:
             run.use_pool(settings)  # it has been changed since
         if run.was_interrupted:
-            # Just then, loky may have got a batch that is not in `out`. What is submitted
-            # now arrives after it.
+            # Just then, loky may have got a batch that is not in `out`. What is
+            # submitted now arrives after it.
             with contextlib.suppress(Exception):
                 self.out[run.submit_probe()] = run
         # As said above: all that loky has must have arrived in its call queue. If it
@@ -1680,6 +1680,7 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         return RuntimeError("loky has stopped working: its manager thread has died")
 
     def submit_probe(self) -> Any:
+        """Return the future of a call that does nothing."""
         return super().submit_to_engine(os.getpid, lambda job: None)
 
     def kill_pool(self) -> None:
