@@ -683,6 +683,7 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
         import pickle
         import traceback
 
+        # Where it ships no types, or has stubs:
         import joblib  # type: ignore[import-untyped, unused-ignore]
 
         def dump_by_value(value: Any) -> Any:
@@ -1505,18 +1506,17 @@ class _LokyPool:
             # submitted now arrives after it.
             with contextlib.suppress(Exception):
                 self.out[run.submit_probe()] = run
+
         # As said above: all that loky has must have arrived in its call queue. If it
         # does not, what somebody else has submitted comes first: the pool is left to
         # that.
-        deadline = time.monotonic() + 10
-        while _is_loky_running() and not all(
-            job.running() or job.done() for job in self.unfinished()
-        ):
-            time.sleep(0.001)
-            if time.monotonic() > deadline:
-                for job in self.unfinished():
-                    job.cancel()
-                return
+        def has_arrived() -> bool:
+            return all(job.running() or job.done() for job in self.unfinished())
+
+        if not _wait_until(lambda: has_arrived() or not _is_loky_running(), seconds=10):
+            for job in self.unfinished():
+                job.cancel()
+            return
         if _is_loky_running():
             run.kill_pool()
             self.out, self.settings = {}, None
@@ -1552,6 +1552,16 @@ def _is_loky_running() -> bool:
     return any(
         thread.name == "ExecutorManagerThread" for thread in threading.enumerate()
     )
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for what loky tells nobody of. Return whether it has come in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def _note_use_of_loky() -> None:
@@ -1690,11 +1700,8 @@ class _ConsumerDrivenLoky(_ConsumerDriven):
         # Wait for the thread that has filled the pool's queue, as loky does not (joblib
         # 1.5.0 to 1.6.0): if the interpreter exits while it lets go of a semaphore,
         # that is reported as leaked. Other queues have such threads, too.
-        deadline = time.monotonic() + 2
-        while feeders and all(feeder.is_alive() for feeder in feeders):
-            time.sleep(0.001)
-            if time.monotonic() > deadline:
-                break
+        if feeders:
+            _wait_until(lambda: not all(t.is_alive() for t in feeders), seconds=2)
 
     def clean_up(self) -> None:
         if hasattr(self, "settings"):  # or else it was interrupted before
