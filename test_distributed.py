@@ -86,11 +86,15 @@ def await_path(path, number=0):
     return f"([*iter(lambda: {exists} or {sleep}, True)], {number!r})[1]"
 
 
-def block(folder):
-    """An expression that leaves a file named like its process in *folder*, and goes on for ever."""
+def mark(folder):
+    """An expression that leaves a file named like its process in *folder*; it is None."""
     pid = "str(__import__('os').getpid())"
-    mark = f"__import__('pathlib').Path({str(folder)!r}, {pid}).touch()"
-    return f"({mark}, __import__('time').sleep(3600))"
+    return f"__import__('pathlib').Path({str(folder)!r}, {pid}).touch()"
+
+
+def block(folder):
+    """An expression that leaves such a file in *folder*, and goes on for ever."""
+    return f"({mark(folder)}, __import__('time').sleep(3600))"
 
 
 KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
@@ -700,15 +704,18 @@ def test_what_a_closed_run_has_queued_does_not_run(tmp_path):
 
 def test_leaving_calls_off_what_is_queued(setup, tmp_path):
     (tmp_path / "late").mkdir()
-    stuck = [await_path(tmp_path / "go")] * 2
+    (tmp_path / "pids").mkdir()
+    stuck = [f"{mark(tmp_path / 'pids')} or {await_path(tmp_path / 'go')}"] * 2
     late = [touch(tmp_path / "late" / str(task)) for task in range(20)]
     results = setup(eval, stuck + late, pre_dispatch="all", batch_size=1, timeout=0.5)
     with pytest.raises(TimeoutError):
         next(results)
+    if setup.keywords["backend"] == "ray":  # which stops its workers in its own time
+        wait_until(lambda: not any(map(is_alive, pids_in(tmp_path / "pids"))))
     if setup.keywords["backend"] == "dask":  # whose workers hear of it a moment later
-        count = eval("lambda dask_worker: len(dask_worker.state.tasks)")
+        queued = eval("lambda dask_worker: len(dask_worker.state.ready)")
         client = importlib.import_module("dask.distributed").get_client()
-        wait_until(lambda: max(client.run(count).values()) <= 1)
+        wait_until(lambda: not any(client.run(queued).values()))
     (tmp_path / "go").touch()
     assert sorted(setup(abs, range(10))) == list(range(10))
     assert list((tmp_path / "late").iterdir()) == []
@@ -2619,6 +2626,11 @@ def test_what_the_readme_says_of_others(
     if situation == "no_pgrep":
         (tmp_path / "psutil.py").write_text("raise ImportError")
         monkeypatch.setenv("PATH", str(tmp_path))
+    else:  # one that finds no process: this machine may have none
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "pgrep").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "bin" / "pgrep").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     process = program(COMPARED, situation, peer, warnings="default")
     try:
         output, errors = process.communicate(timeout=8 if "hang" in expected else None)
