@@ -39,31 +39,34 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
 import importlib
 import inspect
 import itertools
 import math
 import multiprocessing
 import multiprocessing.process
+import multiprocessing.util
 import numbers
 import operator
 import os
 import pickle
 import queue
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
-import warnings
+import uuid
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Future
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     # It ships no types, and is mixed into at run time, which no checker could follow.
@@ -73,7 +76,7 @@ else:
     import joblib.parallel
 
 __all__ = ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
-__version__ = "1.1.0"
+__version__ = "2.0.0"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -172,9 +175,9 @@ class SingleProcess(DistributedBackend):
         >>> results = SingleProcess.setup(int, ["1", "two"])
         >>> next(results)
         1
-        >>> next(results)
+        >>> next(results)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: invalid literal for int() with base 10: 'two'
+        ValueError: invalid literal for int() with base 10: 'two'...
 
         Parameters
         ----------
@@ -200,7 +203,8 @@ class SingleProcess(DistributedBackend):
             From the generator, if *task_func* raises `StopIteration`, which becomes its
             cause: out of a generator it would look like the end of the results.
         """
-        return _one_by_one(task_func, _checked_tasks(task_func, tasks))
+        source = _Source(task_func, tasks)
+        return _one_by_one(source.task_func, source.tasks)
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
@@ -328,9 +332,9 @@ class Joblib(DistributedBackend):
         >>> results = Joblib.setup(int, ["1", "two"], 2, return_as="generator")
         >>> next(results)
         1
-        >>> next(results)
+        >>> next(results)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: invalid literal for int() with base 10: 'two'
+        ValueError: invalid literal for int() with base 10: 'two'...
 
         Parameters
         ----------
@@ -404,18 +408,19 @@ class Joblib(DistributedBackend):
             pickled, it is put together again without its ``__init__``, or else is a
             `RuntimeError` that shows it, as a `StopIteration` always is.
         """
-        source = _Source(task_func, _checked_tasks(task_func, tasks))
+        source = _Source(task_func, tasks)
         return _results(_Run(num_workers, kwargs), source)
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
-        """Do nothing: joblib needs no shutdown. May be called at any time, or never.
+        """Stop idle worker processes. May be called at any time, or never.
 
-        loky's worker processes stay for the next run, and leave when idle for 300
-        seconds.
+        Those of loky are kept for the next run; without this, they leave when they have
+        been idle for 300 seconds, or with the program. Open runs are not touched.
 
         >>> Joblib.shutdown()
         """
+        _stop_idle_pools()
 
 
 @overload
@@ -462,14 +467,9 @@ def get_backend(backend_name: str) -> DistributedBackend:
 # says clearly by itself, when its Parallel is made, is left to it.
 
 
-def _checked_tasks(task_func: Callable[[T], R], tasks: Iterable[T]) -> Iterator[T]:
-    """Return an iterator over *tasks*, of which nothing has been drawn."""
+def _check_task_func(task_func: Any) -> None:
     if not callable(task_func):
         raise TypeError(f"task_func must be callable, got {task_func!r}")
-    try:
-        return iter(tasks)
-    except TypeError as error:
-        raise TypeError(f"tasks must be iterable, got {tasks!r}") from error
 
 
 def _checked_num_workers(num_workers: int | None) -> int:
@@ -538,12 +538,21 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
 }
 
 
+def _evaluated(pre_dispatch: Any, workers: int) -> float:
+    """Return the number of batches that *pre_dispatch* comes to."""
+    if pre_dispatch == "all":
+        return math.inf
+    if isinstance(pre_dispatch, str):
+        formula = pre_dispatch.replace("n_jobs", str(workers))
+        pre_dispatch = joblib.parallel.eval_expr(formula)
+    return int(pre_dispatch)
+
+
 def _check_formula(formula: str, n_jobs: int) -> None:
     """Raise an error if joblib can make no number of batches of *formula*."""
     workers = n_jobs if n_jobs > 1 else 64  # stands for a number that is not known yet
     try:
-        value = joblib.parallel.eval_expr(formula.replace("n_jobs", str(workers)))
-        batches = int(value)
+        batches = _evaluated(formula, workers)
     except (ArithmeticError, TypeError, ValueError) as error:
         message = f"pre_dispatch must be 'all', a number or a formula, got {formula!r}"
         raise ValueError(message) from error
@@ -657,27 +666,53 @@ def _register_ray() -> None:
 
 # --------------------------------------------------------------------------------------
 # What workers are sent.
+#
+# Workers never import this file. What they need of it are the functions nested in
+# `_worker_functions`, which travel by value: to the processes of loky and
+# multiprocessing once, as they start; to Dask and Ray with each batch.
+
+# The name of the module that worker processes keep those functions in. It also keeps
+# the function of the run that the worker is serving.
+_WORKER_MODULE = "_joblib_batches"
 
 
-def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]:
-    """Return the function that runs a batch in a worker.
-
-    It travels by value, so it refers to nothing of this module and imports what it
-    needs.
-    """
+def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
+    """Return what runs in workers. It refers to nothing of this module."""
 
     def run_batch(task_func: Any, *tasks: Any) -> tuple[list[Any], Any]:
-        """Return the results, and the error of the task that ended it, if any."""
+        """Return the results, and of the task that ended the batch what to say."""
         results: list[Any] = []
         try:
             for task in tasks:
                 results.append(task_func(task))
-        except Exception as error:
-            return results, pack(error) if packs_errors else error
+        except BaseException as error:
+            # No variable of this frame, which it refers to, may refer to it.
+            what = len(results), shown(task)
+            return results, (*what, pack(error) if packs_errors else error)
         return results, None
 
-    def pack(error: Exception) -> tuple[bytes | None, str, str]:
-        """Return *error* pickled in a form that survives, a summary, a traceback."""
+    def shown(value: Any) -> str:
+        """Return a short text for *value*, whatever its own methods do."""
+        import contextlib
+        import reprlib
+        import threading
+
+        texts = [f"<{type(value).__qualname__}>"]
+        short = reprlib.Repr()
+        short.maxstring = short.maxother = short.maxlong = 200
+
+        def show() -> None:
+            with contextlib.suppress(BaseException):
+                texts.append(short.repr(value)[:400])
+
+        thread = threading.Thread(target=show, daemon=True)  # as it may take for ever
+        with contextlib.suppress(RuntimeError):  # no thread can be started
+            thread.start()
+            thread.join(timeout=1)
+        return texts[-1]
+
+    def pack(error: BaseException) -> Any:
+        """Return *error* in a form that survives pickling: see `_unpacked_error`."""
         import builtins
         import contextlib
         import pickle
@@ -696,6 +731,16 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
             except Exception:  # as its own methods may fail
                 return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
 
+        def dumped(form: Any) -> Any:
+            # By value, a class may arrive as another one of the same name.
+            for dump in (pickle.dumps, dump_by_value):
+                with contextlib.suppress(Exception):
+                    data = dump(form)
+                    copy = pickle.loads(data)
+                    if form is not error or repr(copy.args) == repr(error.args):
+                        return data
+            return None
+
         kind: Any = type(error)
         summary = show(traceback.format_exception_only)
         text = show(traceback.format_exception, error.__traceback__)
@@ -704,41 +749,113 @@ def _batch_runner(*, packs_errors: bool) -> Callable[..., tuple[list[Any], Any]]
         # then.
         bases = [base for base in kind.__mro__ if base in vars(builtins).values()]
         builtin: Any = bases[0]
-        for form in (error, (builtin, *builtin.__reduce__(error))):
-            # By value, a class may arrive as another one of the same name.
-            for dump in (pickle.dumps, dump_by_value):
-                with contextlib.suppress(Exception):
-                    data = dump(form)
-                    copy = pickle.loads(data)
-                    if form is not error or repr(copy.args) == repr(error.args):
-                        return data, summary, text
-        return None, summary, text
+        data, members = dumped(error), None
+        if data is None and isinstance(
+            error, vars(builtins).get("BaseExceptionGroup", ())
+        ):
+            group: Any = error
+            members = [pack(member) for member in group.exceptions]
+            data = dumped((builtin, kind, (group.message,), vars(group)))
+        elif data is None:
+            data = dumped((builtin, *builtin.__reduce__(error)))
+        return data, members, summary, text
 
-    return run_batch
+    def function_of(key: str, payload: Any) -> Any:
+        """Return the function of the run *key*; unpickle it once, and keep no other."""
+        import pickle
+        import sys
+        import types
+
+        module: Any = sys.modules.setdefault(
+            "_joblib_batches", types.ModuleType("_joblib_batches")
+        )
+        if getattr(module, "key", None) != key:
+            module.key = module.function = None
+            if isinstance(payload, str):
+                with open(payload, "rb") as file:
+                    module.function = pickle.load(file)
+            elif isinstance(payload, bytes):
+                module.function = pickle.loads(payload)
+            else:
+                import ray  # type: ignore[import-not-found, unused-ignore]
+
+                module.function = pickle.loads(ray.get(payload))
+            module.key = key
+        return module.function
+
+    def run_pickled(data: bytes) -> bytes:
+        """Run a batch in a process of loky or multiprocessing."""
+        import pickle
+        import sys
+
+        from joblib.externals.loky.backend.reduction import (  # type: ignore[import-untyped, unused-ignore]
+            dumps,
+        )
+
+        reducers = sys.modules["_joblib_batches"].reducers
+        try:
+            batch = pickle.loads(data)
+        except BaseException as error:
+            what = "a task or task_func cannot be unpickled in a worker"
+            failure = pickle.UnpicklingError(f"{what}: {error!r}")
+            failure.__cause__ = error
+            return bytes(dumps(([], (0, None, pack(failure)))))
+        (outcome,) = batch()
+        try:
+            return bytes(dumps(outcome, reducers=reducers))
+        except Exception:
+            results = outcome[0]
+            tasks = batch.items[0][1][1:]
+            for number, (task, result) in enumerate(zip(tasks, results)):
+                try:
+                    dumps(result, reducers=reducers)
+                except Exception as error:
+                    what = f"the result of a task cannot be pickled: {shown(result)}"
+                    unsent = pickle.PicklingError(f"{what}: {error!r}")
+                    unsent.__cause__ = error
+                    outcome = results[:number], (number, shown(task), pack(unsent))
+                    break
+            return bytes(dumps(outcome, reducers=reducers))
+
+    def prepare(announce: Any, payload: Any) -> None:
+        """Make a worker process ready, and announce that, or what went wrong."""
+        import os
+        import pickle
+        import signal
+        import sys
+        import traceback
+        import types
+
+        # A fork inherits the program's handlers, which must not act here. An interrupt
+        # at the terminal is for the program: it ends the run, and so this process.
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                ignore = number == signal.SIGINT
+                signal.signal(number, (lambda *_: None) if ignore else signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        module: Any = types.ModuleType("_joblib_batches")
+        module.run_batch, module.run_pickled = run_batch, run_pickled
+        module.function_of = function_of
+        sys.modules[module.__name__] = module
+        try:
+            if isinstance(payload, bytes):
+                payload = pickle.loads(payload)
+            initializer, initargs, module.reducers = payload
+            if initializer is not None:
+                initializer(*initargs)
+        except BaseException:
+            announce.send_bytes(traceback.format_exc()[-3000:].encode()[-3000:])
+            os._exit(1)
+        announce.send_bytes(b"")
+
+    return types.SimpleNamespace(**locals())
 
 
-def _unpacked_error(data: bytes | None, summary: str, text: str) -> BaseException:
-    """Return an error that a worker has packed, with the text of its traceback."""
-    error: BaseException
-    try:
-        form = pickle.loads(data or b"")  # no data: it fails
-        error = form if isinstance(form, BaseException) else _rebuilt_error(*form)
-    except Exception:
-        message = f"a task raised an exception that cannot be pickled: {summary}"
-        error = RuntimeError(message)
-    # As `raise ... from` would, though the class may refuse an assignment.
-    set_cause: Any = BaseException.__cause__
-    set_cause.__set__(error, _WorkerTraceback(f'\n"""\n{text}\n"""'))
-    return error
-
-
-def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any:
-    """Make an error of class *kind* by the methods of its built-in base class alone."""
-    error = builtin.__new__(kind, *args)
-    builtin.__init__(error, *args)
-    for name, value in (state or {}).items():
-        object.__setattr__(error, name, value)  # also if the class is frozen
-    return error
+_IN_PROCESS = _worker_functions(packs_errors=True)
+_IN_THREAD = _worker_functions(packs_errors=False)
+_shown: Callable[[Any], str] = _IN_THREAD.shown
 
 
 class _SentByValue(functools.partial[Any]):
@@ -756,61 +873,97 @@ class _SentByValue(functools.partial[Any]):
         return self.reduced
 
 
-_RUN_BATCH = _SentByValue(_batch_runner(packs_errors=True))
-_RUN_BATCH_IN_THREAD = _batch_runner(packs_errors=False)
+class _SentAs:
+    """Something that stands for what *function* returns for *arguments* in a worker."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError("it is a function in workers only")  # pickle wants a callable
+
+
+def _of_worker(name: str) -> _SentAs:
+    """Return what stands for a function that `prepare` has given to the worker."""
+    return _SentAs(getattr, _SentAs(importlib.import_module, _WORKER_MODULE), name)
+
+
+_RUN_BATCH = _SentByValue(_IN_PROCESS.run_batch)
+_RUN_PICKLED = _of_worker("run_pickled")
+_FUNCTION_OF = _SentByValue(_IN_PROCESS.function_of)
+_PREPARE = _SentByValue(_IN_PROCESS.prepare)
+
+
+def _set_cause(error: BaseException, text: str) -> None:
+    # As `raise ... from` would, though the class may refuse an assignment.
+    set_cause: Any = BaseException.__cause__
+    set_cause.__set__(error, _WorkerTraceback(f'\n"""\n{text}\n"""'))
+
+
+def _unpacked_error(packed: Any, note: str = "") -> BaseException:
+    """Return an error that a worker has packed, with the text of its traceback."""
+    data, members, summary, text = packed
+    error: BaseException
+    try:
+        form = pickle.loads(data or b"")  # no data: it fails
+        if members is not None:
+            builtin, kind, args, state = form
+            form = builtin, kind, (*args, [*map(_unpacked_error, members)]), state
+        error = form if isinstance(form, BaseException) else _rebuilt_error(*form)
+    except Exception:
+        message = f"a task raised an exception that cannot be pickled: {summary}"
+        error = RuntimeError(message)
+    _set_cause(error, f"{text}\n{note}".strip() if sys.version_info < (3, 11) else text)
+    return error
+
+
+def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any:
+    """Make an error of class *kind* by the methods of its built-in base class alone."""
+    error = builtin.__new__(kind, *args)
+    builtin.__init__(error, *args)
+    for name, value in (state or {}).items():
+        object.__setattr__(error, name, value)  # also if the class is frozen
+    return error
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    with contextlib.suppress(Exception):  # Python 3.10, or a class that refuses it
+        error.add_note(note)  # type: ignore[attr-defined, unused-ignore]
 
 
 # --------------------------------------------------------------------------------------
 # Running tasks.
 #
 # The consumer is whoever reads the generator that `setup` returns. An engine is what
-# runs the batches of a joblib backend: loky, a multiprocessing.Pool, threads, Dask or
-# Ray.
+# runs the batches of a joblib backend: worker processes of loky or multiprocessing,
+# threads, Dask or Ray.
 #
-#   the consumer's thread                            threads of the   worker processes
-#                                                    engine           or threads
-#   +----------------------------------------+
-#   | for result in results:                 |
-#   |                                        |
-#   | _results()  --- hands out the results  |
-#   |    |                                   |
-#   |    | next_batch()     +--------------+ |  report   +-----------+ results
-#   |    +<-----------------|   _Inbox     |<------------|           |<---------+
-#   |    |                  +--------------+ |           |           |          |
-#   |    | advance()                         |           | loky's,   |   run_batch(
-#   |    v                                   |           | a Pool's, |     task_func,
-#   | joblib.Parallel <--- _Source (tasks)   |           | Dask's    |     *tasks)
-#   |    |                                   |           |           |          ^
-#   |    v submit()                          |           |           |          |
-#   | _ConsumerDriven (a joblib backend) ----|---------->|           |----------+
-#   +----------------------------------------+  a batch  +-----------+ tasks
+#    the consumer's thread, in _results()              threads of the     workers
+#                                                      engine
+#   +---------------------------------------+
+#   |  1 draw      _Source --> tasks        |
+#   |                            |          |
+#   |  2 submit    _Engine <-- batch -------|--------> queue -----------> run_batch(
+#   |                                       |                               task_func,
+#   |  3 wait      _Inbox <-----------------|-------- put(report) <------   *tasks)
+#   |                |                      |
+#   |  4 hand out    +--> results --> yield |
+#   +---------------------------------------+
 #
-#   a thread that ends a run: _Run.end() -> clean_up() of the backend
-#   loky only, a thread that hands over what had to wait: _LokyPool.feed()
+#   a thread that ends a run: _Run.end() -> _Run.clean_up()
 #
-# joblib draws tasks, puts them into a batch and submits it to its backend, together
-# with a callback. The backend (_ConsumerDriven) makes one call of the batch,
-# `run_batch`, and hands it to the engine together with a callback of its own: all that
-# this one does, in a thread of the engine, is to put what has become of the batch into
-# the _Inbox. The consumer, when asked for the next result, takes it out and hands the
-# results on. Only when they are all out it runs joblib's callback, in which lies the
-# whole of joblib's scheduling: it draws, batches and submits the next tasks.
+# That is all of it: one loop, in the thread that calls next(). The loop draws tasks
+# until as many batches are out as *pre_dispatch* says, waits for a report, hands out
+# its results, and draws again. So runs are lazy, bounded, composable and lossless by
+# construction. All that a thread of an engine ever does is to put a report into the
+# inbox of the run, which cannot block or fail.
 #
-# So joblib stays the scheduler, but everything that it does is done in the consumer's
-# thread, one step at a time; that makes runs lazy (nothing happens before the first
-# next()), bounded (a batch is drawn only when the results of another are out, so there
-# are never more than joblib drew at first, and what it draws at once, one a worker, on
-# top), composable and lossless. However a run is left, what it has started is ended in
-# a thread of its own (_Run.end).
-#
-# Of joblib this uses what backends of third parties are written against:
-# joblib.parallel with its tables of backends and eval_expr, the methods and attributes
-# of backends, and BatchedCalls.items. Besides: of its Dask backend the futures it waits
-# for and the data it has scattered; what wrap_non_picklable_objects reduces to; of its
-# vendored loky the names of its threads and processes, ShutdownExecutorError,
-# get_reusable_executor and the class Popen; that its pool makes the pipe of the tasks
-# first; and the name of one exit handler (_keep_folders_of_parent). All of it is the
-# same from 1.5.0 to 1.6.0.
+# joblib's Parallel resolves what a user has configured, and enters and leaves its
+# backend; of the backend, the loop calls what joblib calls: `submit`, with
+# BatchedCalls and a callback, and the two methods that reckon batch sizes.
 
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
@@ -818,27 +971,32 @@ class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
 
 
 class _WorkerTraceback(Exception):
-    """The text of the traceback of an error of a task, as the cause of that error."""
+    """The text of a traceback from elsewhere, as the cause of an error."""
 
 
 class _OneWorker(Exception):
     """Raised by a backend that would have one worker: this process can do its work."""
 
 
-class _RunEnded(BaseException):
-    """Thrown into joblib's generator to end it without the warning of close()."""
-
-
 class _Failure:
-    """An error in place of the outcome of a batch; raised when its turn comes."""
+    """An error of an engine in place of the outcome of a batch.
+
+    Its traceback is kept as text, since frames would refer to the run.
+    """
 
     def __init__(self, error: BaseException) -> None:
-        self.error = error
+        if error.__traceback__ is not None:
+            _set_cause(error, "".join(traceback.format_exception(error)).strip())
+            error.__context__ = None
+        self.error = error.with_traceback(None)
 
 
 # Of tasks that take no time, joblib would send 100,000 and more at once. So many gain
 # nothing, but all that are out have to be kept in memory.
 _LARGEST_BATCH = 8192
+
+# Bytes that the tasks of a batch, or its results, may have when it grows.
+_HEAVIEST_BATCH = 8_000_000
 
 # Seconds after which a wait looks whether there is still something to wait for. It is
 # also how long a Ctrl-C may have to wait on Windows, where it interrupts no lock.
@@ -846,123 +1004,120 @@ _WAIT_SLICE = 0.5
 
 
 def _one_by_one(
-    task_func: Callable[[T], R], tasks: Iterator[T]
+    task_func: Callable[[T], R], tasks: Iterator[T], progress: _Progress | None = None
 ) -> Generator[R, None, None]:
     """Yield results like `map`, but a StopIteration of *task_func* is an error."""
-    for task in tasks:
-        yield task_func(task)
+    for number, task in enumerate(tasks):
+        try:
+            result = task_func(task)
+        except Exception as error:
+            _add_note(error, _task_note(number, _shown(task)))
+            raise
+        if progress is not None:
+            progress.add(1)
+        yield result
+
+
+def _task_note(number: int, shown: str | None) -> str:
+    return f"Task {number} (counted from 0): {shown}"
 
 
 class _Source:
     """The function and the tasks of a run; for the consumer's thread.
 
-    It draws tasks for joblib and keeps their error, so that no result is lost with it.
-    Only the run's generator refers to it: what joblib or an engine keeps while workers
-    are busy does not. Otherwise a run that its own tasks refer to would never be
-    collected.
+    Only the run's generator refers to it: nothing that an engine keeps while workers
+    are busy does. Otherwise a run that its own tasks refer to would never be collected.
     """
 
-    def __init__(self, task_func: Callable[[Any], Any], tasks: Iterator[Any]) -> None:
+    def __init__(self, task_func: Callable[[Any], Any], tasks: Iterable[Any]) -> None:
+        _check_task_func(task_func)
         self.task_func = task_func
-        self.tasks = tasks
+        try:
+            self.tasks = iter(tasks)
+        except TypeError as error:
+            raise TypeError(f"tasks must be iterable, got {tasks!r}") from error
+        self.total: int | None = None
+        with contextlib.suppress(TypeError):
+            self.total = len(cast(Sized, tasks))
         self.error: BaseException | None = None
         self.is_exhausted = False
 
-    def draw(self, run: _Run) -> Generator[Iterator[Any], None, None]:
-        """Yield the tasks, as many at a time as joblib takes: one by one costs thrice.
+    def draw(self, size: int, workers: int) -> list[list[Any]]:
+        """Draw the tasks of the next batches: of one, if a batch has one task.
 
-        Keep their error, for which joblib would drop the tasks drawn just before it. It
-        would take a GeneratorExit for that of its own generator.
+        Larger ones are drawn for all workers at once, so that the end is seen in time
+        to share out what is left in small batches. An error of the tasks is kept until
+        the results of what they did yield are out.
         """
-        while not self.is_exhausted:
-            count = run.draw_count()
-            drawn: deque[Any] = deque()
-            try:
-                drawn.extend(itertools.islice(self.tasks, count))
-            except (Exception, GeneratorExit) as error:
-                self.error = error
-            self.is_exhausted = len(drawn) < count
-            # joblib keeps this for long, but none of the tasks that it has taken.
-            yield map(deque.popleft, itertools.repeat(drawn, len(drawn)))
+        count = 1 if size == 1 else min(size * workers, sys.maxsize)
+        drawn: list[Any] = []
+        try:
+            drawn.extend(itertools.islice(self.tasks, count))
+        except (Exception, GeneratorExit) as error:
+            self.error = error
+        if len(drawn) < count:
+            self.is_exhausted = True
+            size = max(1, len(drawn) // (10 * workers))
+        return [drawn[i : i + size] for i in range(0, len(drawn), size)]
 
 
 def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
     """Yield the results of a run: what `Joblib.setup` returns."""
-    tasks = source.draw(run)
     # Also if an interrupt keeps this from reaching its end.
-    end = weakref.finalize(tasks, run.end)
-    end.atexit = False  # _end_open_runs does that
+    end = weakref.finalize(source, run.end)
+    end.atexit = False  # _at_exit does that
+    error: BaseException | None = None
     try:
-        if not run.start(source, tasks):
-            yield from run.one_by_one(source)
+        if not run.start(source):
+            yield from _one_by_one(source.task_func, source.tasks, run.progress)
             return
-        error: BaseException | None = None
-        callback: Any = None
-        with run.backend.waiting():
-            while run.inbox.expected:
-                callback, results, error = run.next_batch()
+        with run.engine.retrieval_context():
+            while error is None and run.dispatch(source):
+                results, error = run.next_batch()
                 while results:
                     yield results.pop()  # hold on to none that has been handed out
-                if error is not None:
-                    break
-                # Not before: tasks may be slow to draw, or depend on those results.
-                run.advance(callback)
+        if error is None:
+            error = source.error
         if error is not None:
-            try:
-                raise error  # not inside `with`, which assigns to attributes of errors
-            finally:
-                del error, callback  # as its traceback refers to this frame
-        if source.error is not None:
-            raise source.error
-        if not source.is_exhausted:
-            # Nothing was drawn at first, with as few workers as there turned out to be.
-            raise ValueError(f"pre_dispatch={run.parallel.pre_dispatch!r} comes to 0")
+            raise error  # not inside `with`, which assigns to attributes of errors
     finally:
-        source.error = None  # its traceback refers to this frame
+        source.error = None
+        del error, run, source  # as its traceback refers to this frame
         end()
-        tasks.close()  # lets go of the tasks
 
 
 class _Inbox:
-    """What is known of the batches of a run that are out.
+    """The reports of a run's batches, in the order in which they are wanted.
 
-    Threads of an engine only put reports into it, which cannot block or fail; so all
-    that follows from a report happens in the consumer's thread, which alone calls the
-    methods (but for `fail`).
+    Any thread may call `put` and `fail`, which cannot block or fail; the consumer's
+    thread alone calls `take`.
     """
 
     def __init__(self, *, ordered: bool) -> None:
-        self.ordered = ordered
-        self.expected: dict[int, Callable[[Any], None]] = {}  # joblib's callbacks
-        self.numbers = itertools.count()
-        self.next_number = 0  # of the batch whose turn it is, if ordered
-        self.early: dict[int, Any] = {}  # outcomes of batches whose turn it is not
         self.reports: queue.SimpleQueue[tuple[int | None, Any]] = queue.SimpleQueue()
-
-    def expect(self, callback: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Return the callback to give to the engine, in place of joblib's."""
-        number, put = next(self.numbers), self.reports.put
-        self.expected[number] = callback
-        return lambda outcome: put((number, outcome))  # refers to no more: see _Source
+        self.put = self.reports.put
+        self.ordered = ordered
+        self.next_number = 0  # of the batch whose turn it is, if ordered
+        self.early: dict[int | None, Any] = {}  # reports of batches whose turn it isn't
 
     def fail(self, error: BaseException) -> None:
-        """Report an error of no batch that is known. Any thread may do so."""
-        self.reports.put((None, _Failure(error)))
+        """Report an error of no batch that is known."""
+        self.put((None, _Failure(error)))
 
     def take(
         self, timeout: float | None, fault: Callable[[], Exception | None]
-    ) -> tuple[Callable[[Any], None], Any]:
-        """Return joblib's callback for the next batch to complete, and its outcome."""
+    ) -> tuple[int | None, Any]:
+        """Return the number of the next batch, or None, and what has become of it.
+
+        Raise `queue.Empty` after *timeout* seconds.
+        """
         while self.next_number not in self.early:
             number, outcome = self._wait(timeout, fault)
-            if number is None:  # a failure, after which there are no more callbacks
-                return lambda outcome: None, outcome
-            if not self.ordered:
-                return self.expected.pop(number), outcome
+            if number is None or not self.ordered:
+                return number, outcome
             self.early[number] = outcome
-        number = self.next_number
         self.next_number += 1
-        return self.expected.pop(number), self.early.pop(number)
+        return self.next_number - 1, self.early.pop(self.next_number - 1)
 
     def _wait(
         self, timeout: float | None, fault: Callable[[], Exception | None]
@@ -979,19 +1134,70 @@ class _Inbox:
                 return self.reports.get(timeout=min(max(left, 0.01), _WAIT_SLICE))
             except queue.Empty:
                 if left <= _WAIT_SLICE:
-                    message = f"no task has completed within the timeout of {timeout!r}"
-                    raise _TaskTimeoutError(f"{message} seconds") from None
+                    raise
             if error is not None and fault() is not None:
                 return None, _Failure(error)  # the last reports had time to arrive
             error = fault()
 
 
+class _Progress:
+    """What *verbose* prints, about as often as joblib does."""
+
+    def __init__(self, verbose: float, total: int | None) -> None:
+        self.verbose = verbose
+        self.total = total
+        self.done = self.shown = 0
+        self.start = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        # The lag between two messages grows with the square root of their number.
+        scale = 0.5 * (11 - min(self.verbose, 11)) ** 2 or 1
+        steps = [math.isqrt(int(n / scale)) for n in (self.shown, self.done)]
+        if self.verbose > 10 or steps[0] != steps[1] or self.done == self.total:
+            self.show()
+
+    def show(self) -> None:
+        self.shown = self.done
+        of = "" if self.total is None else f" out of {self.total:3d}"
+        seconds = time.monotonic() - self.start
+        stream = sys.stderr if self.verbose < 50 else sys.stdout
+        if stream is not None:
+            print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream, flush=True)
+
+
+class _Report:
+    """What an engine calls, once, with the outcome of a batch, in any thread.
+
+    Until then it keeps the tasks. It refers to nothing of the run but the inbox: see
+    _Source; and afterwards to nothing, since the outcome may refer to it.
+    """
+
+    def __init__(self, inbox: _Inbox, number: int, tasks: list[Any]) -> None:
+        self.put: Callable[[Any], None] | None = inbox.put
+        self.number = number
+        self.tasks = tasks
+
+    def __call__(self, outcome: Any) -> None:
+        put, self.put, self.tasks = self.put, None, []
+        if put is not None:
+            put((self.number, outcome))
+
+
+class _Batch(NamedTuple):
+    """A batch that is out."""
+
+    first: int  # the number of its first task
+    count: int
+    submitted: float
+    report: weakref.ref[_Report]
+
+
 class _Run:
     """One call of `Joblib.setup`, but for its function and its tasks (see _Source).
 
-    It steps joblib through the run, and sees to it that the run is ended, once, however
-    it is left. Any thread may call `end`, which has `clean_up` called in a thread of
-    its own; all other methods are for the consumer's thread.
+    Any thread may call `end`, which has `clean_up` called in a thread of its own; all
+    other methods are for the consumer's thread.
     """
 
     def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
@@ -1001,91 +1207,137 @@ class _Run:
         _check_options(options, backend, n_jobs)
         self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
         self.timeout: float | None = options.pop("timeout", None)
-        self.backend = _consumer_driven(backend, self.inbox)
-        self.parallel = joblib.Parallel(
-            n_jobs=n_jobs,
-            backend=self.backend,
-            return_as="generator_unordered",
-            **options,
-        )
-        # joblib's generator. Until the run has ended, weakref.finalize (in _results)
-        # and _open_runs keep it from the garbage collector, which would make it warn.
-        self.output: Any = None
+        self.engine = _engine_like(backend, self.inbox)
+        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.engine, **options)
+        self.progress: _Progress | None = None
+        self.function: Any = None  # what is sent as the function
+        self.most_out: float = 0  # batches
+        self.ready: deque[list[Any]] = deque()  # drawn, and not yet submitted
+        self.out: dict[int, _Batch] = {}
+        self.numbers = itertools.count()
+        self.drawn = 0  # tasks submitted
+        self.completed: _Batch | None = None  # whose results are being handed out
         self.results: list[Any] = []  # received, and not yet handed out; reversed
+        self.has_failed = False  # the engine, or somebody in the middle of using it
+        self.process = 0  # that it was started in
         self.reader = threading.current_thread()  # who has last read it
-        self.is_at_work = False  # inside of joblib or the engine
+        self.is_at_work = False  # inside of the engine
         self.end_once = threading.Lock()  # once locked, never unlocked
         self.ended = threading.Event()  # set if there is nothing to end
         self.ended.set()
+        self.clean_ups = contextlib.ExitStack()  # all of them are done, if one fails
 
-    def start(self, source: _Source, tasks: Generator[Any, None, None]) -> bool:
-        """Let joblib draw and submit the first tasks, if there are workers for them."""
-        self.backend.source = weakref.ref(source)
-        self.backend.process = os.getpid()
-        with self.submitting():
+    def start(self, source: _Source) -> bool:
+        """Start the engine. Return whether it has several workers."""
+        self.process = os.getpid()
+        if self.parallel.verbose:
+            self.progress = _Progress(self.parallel.verbose, source.total)
+        with self.at_work():
             self.ended.clear()
             _open_runs.add(self)
             _end_open_runs_at_exit()
-            # joblib keeps this iterator, which must not refer to the tasks.
-            drawn = map(next, itertools.repeat(weakref.proxy(tasks)))
             try:
-                self.output = self.parallel(itertools.chain.from_iterable(drawn))
+                self.parallel.__enter__()
             except _OneWorker:
                 _open_runs.discard(self)
                 self.ended.set()
                 return False
+            finally:
+                self.clean_ups.push(self.parallel)
+            self.engine.start_call()
+            self.clean_ups.callback(self.engine.stop_call)
+            formula, workers = self.parallel.pre_dispatch, self.engine.workers
+            self.most_out = _evaluated(formula, workers)
+            if self.most_out < 1:
+                raise ValueError(f"pre_dispatch={formula!r} comes to {self.most_out}")
+            self.nested = self.engine.get_nested_backend()
+            self.function = self.engine.send(source.task_func)
+            self.call = joblib.delayed(self.engine.run_batch)
         return True
 
-    def draw_count(self) -> int:
-        """Return how many tasks joblib will certainly draw at once."""
-        if self.output is None and self.parallel.pre_dispatch != "all":
-            return 1  # as the run starts, pre_dispatch may be less than a batch
-        size = self.parallel.batch_size
-        size = self.backend.effective_batch_size if size == "auto" else size
-        return int(self.backend.workers * size)
-
-    def one_by_one(self, source: _Source) -> Iterator[Any]:
-        """Return the results as one worker makes them."""
-        verbose = self.parallel.verbose
-        if not verbose:
-            return _one_by_one(source.task_func, source.tasks)
-        # joblib does the same, and prints how far it is.
-        run = joblib.Parallel(
-            backend="sequential", return_as="generator", verbose=verbose
-        )
-        call = joblib.delayed(source.task_func)
-        results: Iterator[Any] = run(call(task) for task in source.tasks)
-        return results
-
-    def next_batch(
-        self,
-    ) -> tuple[Callable[[Any], None], list[Any], BaseException | None]:
-        """Wait for a batch. Return joblib's callback, results (reversed), an error."""
+    def dispatch(self, source: _Source) -> bool:
+        """Draw and submit until all is out that may be. Return whether anything is."""
         with self.at_work():
-            callback, outcome = self.inbox.take(self.timeout, self.backend.fault)
-            try:
-                results, error = self.backend.results_of(outcome)
-            except BaseException as fault:
-                # Its traceback refers to frames, which must not refer to what refers to
-                # it: only the garbage collector would free such a circle.
-                del callback, outcome
-                raise fault.with_traceback(None) from fault.__cause__
-        if isinstance(error, tuple):
-            error = _unpacked_error(*error)
-        results.reverse()
-        self.results = results
-        return callback, results, error
+            if self.completed is not None:
+                self.note_completion(self.completed)
+            while len(self.out) < self.most_out and not self.has_failed:
+                if not self.ready and not source.is_exhausted:
+                    self.ready.extend(
+                        source.draw(self.batch_size(), self.engine.workers)
+                    )
+                if not self.ready:
+                    break
+                self.submit(self.ready.popleft())
+        return bool(self.out)
 
-    def advance(self, callback: Callable[[Any], None]) -> None:
-        """Let joblib act on the completion of a batch."""
-        with self.submitting():
-            callback(None)
-            next(self.output, None)
+    def submit(self, tasks: list[Any]) -> None:
+        calls = joblib.parallel.BatchedCalls(tasks, self.nested)
+        # One call a batch: a call a task takes several times longer to make, to send
+        # and to unpickle.
+        calls.items = [self.call(self.function, *tasks)]
+        report = _Report(self.inbox, next(self.numbers), tasks)
+        first, self.drawn = self.drawn, self.drawn + len(tasks)
+        batch = _Batch(first, len(tasks), time.time(), weakref.ref(report))
+        self.out[report.number] = batch
+        try:
+            self.engine.submit(calls, callback=report)
+        except Exception as error:
+            # To be raised after the results that came before it.
+            report(_Failure(error))
+            self.has_failed = True
+
+    def next_batch(self) -> tuple[list[Any], BaseException | None]:
+        """Wait for a batch. Return its results, reversed, and an error."""
+        with self.at_work():
+            try:
+                number, outcome = self.inbox.take(self.timeout, self.engine.fault)
+            except queue.Empty:
+                raise self.timeout_error() from None
+            if number is not None:
+                self.completed = self.out.pop(number)
+            try:
+                self.results, failure = self.engine.results_of(outcome)
+            except BaseException as error:
+                self.has_failed = True
+                return [], error.with_traceback(None)
+        self.results.reverse()
+        return self.results, failure and self.error_of_task(*failure)
+
+    def error_of_task(self, index: int, shown: str | None, error: Any) -> BaseException:
+        """Return what a task has raised, with a note that says which task."""
+        note = _task_note(cast(_Batch, self.completed).first + index, shown)
+        if not isinstance(error, BaseException):
+            error = _unpacked_error(error, note)
+        _add_note(error, note)
+        return cast(BaseException, error)
+
+    def timeout_error(self) -> _TaskTimeoutError:
+        count = sum(batch.count for batch in self.out.values())
+        oldest = min(self.out.values(), key=operator.attrgetter("first"))
+        report = oldest.report()
+        task = report.tasks[0] if report is not None and report.tasks else None
+        return _TaskTimeoutError(
+            f"no task has completed within the timeout of {self.timeout!r} seconds. "
+            f"{count} are out, of which the oldest is: "
+            + _task_note(oldest.first, _shown(task))
+        )
+
+    def note_completion(self, batch: _Batch) -> None:
+        """Let joblib reckon the size of batches; it counts the time of reading, too."""
+        self.completed = None
+        self.engine.batch_completed(batch.count, time.time() - batch.submitted)
+        if self.progress is not None:
+            self.progress.add(batch.count)
+
+    def batch_size(self) -> int:
+        """Return the size of the next batch."""
+        size = self.parallel.batch_size
+        return int(self.engine.compute_batch_size() if size == "auto" else size)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Surround what the consumer's thread does with joblib and the engine."""
-        if self.backend.process != os.getpid():
+        """Surround what the consumer's thread does with the engine."""
+        if self.process != os.getpid():
             raise RuntimeError(
                 "a run cannot be read in a fork of the process it is from"
             )
@@ -1095,16 +1347,6 @@ class _Run:
         finally:
             self.is_at_work = False
 
-    @contextlib.contextmanager
-    def submitting(self) -> Iterator[None]:
-        """Surround what may leave something with the engine that no report tells of."""
-        with self.at_work():
-            try:
-                yield
-            except BaseException:
-                self.backend.was_interrupted = True
-                raise
-
     def end(self) -> None:
         """End the run, and wait for that if it is this thread's. May be repeated.
 
@@ -1112,7 +1354,7 @@ class _Run:
         can wait for whatever this one may hold: the garbage collector may call this
         anywhere, even in the middle of another run's submission.
         """
-        if self.ended.is_set() or self.backend.process != os.getpid():
+        if self.ended.is_set() or self.process != os.getpid():
             return
         if self.end_once.acquire(blocking=False):
             _call_in_thread(self.clean_up)
@@ -1122,36 +1364,37 @@ class _Run:
             self.ended.wait(timeout=10)
 
     def clean_up(self) -> None:
-        """Close joblib's generator, stop the workers."""
+        """Call off what is out, stop the workers or keep them for the next run."""
         try:
-            if self.output is not None:
-                # A ValueError: a daemon thread reads it, as the interpreter exits.
-                with contextlib.suppress(_RunEnded, ValueError):
-                    self.output.throw(_RunEnded())
+            if self.out or self.has_failed:
+                abort = self.engine.abort_everything
+                self.clean_ups.callback(abort, ensure_ready=False)
+            self.clean_ups.close()
+            self.engine.parallel = None  # which refers to the engine
         finally:
-            try:
-                self.backend.clean_up()
-            finally:
-                _open_runs.discard(self)
-                self.ended.set()
+            _open_runs.discard(self)
+            self.ended.set()
 
 
 # --------------------------------------------------------------------------------------
 # Ending runs.
 #
-# However a run ends (`finally` of _results, the finalizer of its tasks, or a hook at
-# exit), _Run.end is called. In a thread of its own that calls _Run.clean_up, which
-# closes joblib's generator and then calls clean_up of the backend: `abort` drops what
-# is queued and stops the workers that are busy, `finish` releases what the run has
-# used.
+# However a run ends (`finally` of _results, the finalizer of its source, or a hook at
+# exit), _Run.end is called. In a thread of its own that calls _Run.clean_up: what is
+# out is called off by `abort_everything` of the engine, which stops workers that are
+# busy; `stop_call` and `terminate` follow, as with joblib.
 #
 # A run stands in _open_runs from its start until all that it has started has ended.
 # When the interpreter exits, runs that nobody will read to the end are ended: those
 # that were last read in the main thread, in one that has ended, or in a daemon thread.
-# There are two hooks, since loky waits for running tasks in a hook of `threading`,
-# which comes before those of `atexit`.
+# Then idle workers are stopped. There are three hooks: loky waits for its workers in a
+# hook of `threading`, which comes before those of `atexit`; a child process of
+# multiprocessing waits for its own children before both.
 
 _open_runs: set[_Run] = set()
+_idle_pools: list[_Pool] = []  # only ever changed by atomic calls, so needs no lock
+_most_idle = 3  # pools; none in a fork, which may end without any clean-up, or at exit
+_inherited: list[Any] = []  # what a fork has of its parent, which must not be collected
 
 
 def _call_in_thread(function: Callable[[], object]) -> threading.Thread | None:
@@ -1167,12 +1410,12 @@ def _call_in_thread(function: Callable[[], object]) -> threading.Thread | None:
     return None
 
 
-def _end_open_runs() -> None:
-    """End the runs that nobody will read to the end, as the interpreter exits."""
+def _at_exit() -> None:
+    """End the runs that nobody will read to the end, and idle workers."""
+    global _most_idle
+    _most_idle = 0
     for run in list(_open_runs):
         reader = run.reader
-        if run.backend.process != os.getpid():
-            continue  # it is that of a parent of this fork
         if reader is threading.main_thread() or not reader.is_alive():
             # Whoever reads on, in a hook that comes later, must not take it for the
             # end.
@@ -1185,87 +1428,125 @@ def _end_open_runs() -> None:
             continue  # `threading` waits for it
         run.end()
         run.ended.wait(timeout=10)
+    _stop_idle_pools()
+
+
+def _stop_idle_pools(most: int = 0) -> None:
+    """Stop idle workers, those that have been idle for longest first."""
+    while len(_idle_pools) > most:
+        with contextlib.suppress(IndexError):  # another thread has taken it
+            _idle_pools.pop(0).stop()
 
 
 @functools.cache
 def _end_open_runs_at_exit() -> None:
     """See to it, once, that open runs are ended at exit."""
-    atexit.register(_end_open_runs)
+    atexit.register(_at_exit)
 
 
 @functools.cache
-def _end_open_runs_before_loky() -> None:
-    """See to it, once, that open runs are ended before loky waits for running tasks.
+def _at_exit_before_loky(process: int) -> None:
+    """See to it, once a process, that they are ended before somebody waits for workers.
 
     The last hook of `threading` to be registered is the first to run; so this is for
     when loky has registered its own.
     """
-    _register_before_exit(_end_open_runs)
-
-
-def _register_before_exit(function: Callable[[], object]) -> None:
-    # Private, but loky and concurrent.futures stand and fall with it. Without it, to
-    # leave the interpreter with a run open takes as long as the tasks that are running.
-    getattr(threading, "_register_atexit", atexit.register)(function)
+    multiprocessing.util.Finalize(None, _at_exit, exitpriority=100)
+    _private(threading, "_register_atexit")(_at_exit)
+    # It means to register its own once, and does so again for each executor, since what
+    # it remembers is None (joblib 1.5.0 to 1.6.0). They would come before ours.
+    _loky("process_executor").process_pool_executor_at_exit = _at_exit
 
 
 def _disown_runs_of_parent() -> None:
     """In a fork: let its exit not touch what the parent's runs have."""
-    global _loky_pool
-    _loky_pool = _LokyPool()  # the parent's may be locked by a thread that is not here
+    global _open_runs, _idle_pools, _most_idle
+    _inherited.append((_open_runs, _idle_pools, [*_pools]))
     for run in _open_runs:
         run.results.clear()  # which are to be read there
-    if _open_runs or _loky_process is not None:
-        # Private, but multiprocessing (to Python 3.14 at least) does so only in forks
-        # of its own: others would stop its worker processes, or fail to wait for them.
-        getattr(multiprocessing.process, "_children", set()).clear()
-        with contextlib.suppress(RuntimeError):  # the interpreter exits already
-            _register_before_exit(_keep_folders_of_parent)
+    # Python would stop the parent's worker processes, or fail to wait for them.
+    ours = {process for pool in _pools for process in pool.processes()}
+    _private(multiprocessing.process, "_children").difference_update(ours)
+    _open_runs, _idle_pools, _most_idle = set(), [], 0
+    _pools.clear()
 
 
-def _keep_folders_of_parent() -> None:
-    """Let a fork not delete the folders of memory-mapped arrays, as joblib would."""
-    name = "register_folder_finalizer.<locals>._cleanup"
-    for item in gc.get_objects():
-        if type(item) is types.FunctionType and item.__qualname__.endswith(name):
-            folder = inspect.getclosurevars(item).nonlocals["pool_subfolder"]
-            if f"_{os.getpid()}_" not in folder:
-                atexit.unregister(item)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_runs_of_parent)
 
 
 # --------------------------------------------------------------------------------------
-# joblib's backends, made consumer-driven.
+# Engines: joblib's backends, and what they lack.
 
 
-# What pools of processes take besides what the signatures of joblib's backends tell of.
-_POOL_OPTIONS = frozenset(
-    ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
-)
+# Private names of Python, joblib and loky that this file uses, and what for. Looked at
+# in Python 3.10 to 3.14 and joblib 1.5.0 to 1.6.0. Without one of them no run of
+# processes starts.
+_PRIVATE_NAMES = {
+    # threading
+    "_register_atexit": "to end runs before loky waits for their workers at exit",
+    # multiprocessing.process
+    "_children": "to let a fork not stop its parent's workers",
+    # joblib._memmapping_reducer
+    "get_memmapping_reducers": "to map large arrays",
+    "_get_temp_dir": "to put files where joblib would",
+    # joblib.parallel.ParallelBackendBase
+    "_prepare_worker_env": "to limit the threads of libraries in workers",
+    # joblib.externals.loky.process_executor, its ProcessPoolExecutor and queues
+    "_threads_wakeups": "to let a fork not wait for its parent's threads",
+    "_processes": "to stop workers",
+    "_executor_manager_thread": "to know whether anything will be reported",
+    "kill_workers": "of that thread: to stop workers with all that they have started",
+    "work_ids_queue": "of that thread: to empty it, or it looks for forgotten work",
+    "call_queue": "of that thread: to wait for the thread that fills it",
+    "result_queue": "of that thread: to end its wait for half a result",
+    "_reader": "of the former: to end the wait of the thread that fills it",
+    "_writer": "of the latter: for the same",
+    "_thread": "the one that fills the queue of calls",
+}
+
+
+def _private(owner: Any, name: str) -> Any:
+    """Return an attribute that stands in the list above."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        message = f"{name}, which is needed {_PRIVATE_NAMES[name]}, is not in {owner!r}"
+        versions = f"joblib {joblib.__version__}, Python {sys.version.split()[0]}"
+        raise RuntimeError(f"{message} ({versions}): use another version") from None
 
 
 # To a type checker the base could be anything: hence the "ignore".
-class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
-    """Mixed into the class of a joblib backend: lets the consumer act on its reports.
+class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
+    """Mixed into the class of a joblib backend: what the loop asks of it.
 
-    By itself such a backend lets joblib draw and submit tasks in threads of the engine;
-    all that is promised of order, bounds and the caller's thread hangs on this class.
-
-    joblib calls, in the consumer's thread, `configure`, `submit`, `compute_batch_size`,
-    `batch_completed`, `retrieve_result_callback` and `retrieval_context`; in the thread
-    that ends the run, `abort_everything` and `terminate`. Of the others, `clean_up`,
-    `abort` and `finish` are for the latter, the rest for the consumer's thread.
+    All but `abort_everything`, `stop_call` and `terminate`, which are called in the
+    thread that ends the run, is for the consumer's thread.
     """
 
-    supports_return_generator = True  # some do not, since their callbacks would block
     more_options: frozenset[str] = frozenset()  # that no signature tells of
     inbox: _Inbox
-    source: Callable[[], _Source]  # a weak reference
-    process: int  # whose workers are to be stopped, not those of a fork of it
-    was_interrupted = False  # while the engine was given something to do
-    workers: int  # as joblib is told
+    workers = 1
     effective_batch_size = 1
     wanted_batch_size: int = 1  # by joblib's own reckoning
     last_duration: float = math.inf
+    task_weight: float = 0  # bytes, if known
+    result_weight: float = 0
+
+    @property
+    def run_batch(self) -> Any:
+        """The function that runs a batch."""
+        in_thread = getattr(self, "supports_sharedmem", False)
+        return _IN_THREAD.run_batch if in_thread else _RUN_BATCH
+
+    def send(self, task_func: Callable[[Any], Any]) -> Any:
+        """Return what each batch carries as its function."""
+        return task_func
+
+    def separate_from(self, original: Any) -> None:
+        """Give up what must not be shared with *original*, of which this is a copy."""
+        if hasattr(self, "reset_batch_stats"):
+            self.reset_batch_stats()  # those of another run
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
         try:
@@ -1277,39 +1558,16 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
         self.workers = int(workers)
         return self.workers
 
-    def submit(self, func: Any, callback: Any = None) -> Any:
-        report = self.inbox.expect(callback)
-        # One call a batch: joblib does not look at the items again, and a call a task
-        # takes several times longer to draw, to send and to unpickle.
-        in_thread = getattr(self, "supports_sharedmem", False)
-        run_batch = _RUN_BATCH_IN_THREAD if in_thread else _RUN_BATCH
-        func.items = [(run_batch, (self.source().task_func, *func.items), {})]
-        try:
-            return self.submit_to_engine(func, report)
-        except Exception as error:
-            # To be raised after the results that came before it.
-            report(_Failure(error))
-            return None
-
-    def submit_to_engine(self, batch: Any, report: Callable[[Any], None]) -> Any:
-        """Give a batch to the engine, which calls *report* when it has completed."""
-        return super().submit(batch, callback=report)
-
     def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
         """Return what run_batch returned for a batch, or raise the engine's error."""
         if isinstance(outcome, _Failure):
             raise outcome.error
-        ((results, error),) = super().retrieve_result_callback(outcome)
-        return results, error
+        ((results, failure),) = super().retrieve_result_callback(outcome)
+        return results, failure
 
     def fault(self) -> Exception | None:
         """Return an error if the engine has died, and will report nothing more."""
         return None
-
-    def retrieve_result_callback(self, out: Any) -> list[None]:
-        # joblib asks for the results in its callback, when they have been handed out.
-        # It gets one item a batch, so that its generator advances by one step a batch.
-        return [None]
 
     def compute_batch_size(self) -> int:
         before = self.wanted_batch_size
@@ -1320,542 +1578,628 @@ class _ConsumerDriven(joblib.parallel.ParallelBackendBase):  # type: ignore[misc
             # too.
             super().batch_completed(size, self.last_duration * size / before)
             self.wanted_batch_size = super().compute_batch_size()
-        self.effective_batch_size = min(self.wanted_batch_size, _LARGEST_BATCH)
+        most = _LARGEST_BATCH
+        weight = max(self.task_weight, self.result_weight, _HEAVIEST_BATCH / most)
+        most = max(1, int(_HEAVIEST_BATCH / weight))
+        self.effective_batch_size = min(self.wanted_batch_size, most)
         return self.effective_batch_size
 
     def batch_completed(self, batch_size: int, duration: float) -> None:
-        if batch_size == _LARGEST_BATCH < self.wanted_batch_size:
+        if batch_size == self.effective_batch_size < self.wanted_batch_size:
             # joblib wants to know of a batch of the size that it has asked for.
             duration *= self.wanted_batch_size / batch_size
             batch_size = self.wanted_batch_size
         self.last_duration = duration
         super().batch_completed(batch_size, duration)
 
-    def abort_everything(self, ensure_ready: bool = True) -> None:
-        pass  # joblib's generator is closed in any thread: clean_up() does it
 
-    def terminate(self) -> None:
-        pass  # likewise
-
-    def clean_up(self) -> None:
-        """Drop what is queued, stop the workers: in the thread that ends the run."""
-        self.abort()
-        self.finish()
-
-    def abort(self) -> None:
-        super().abort_everything(ensure_ready=False)
-
-    def finish(self) -> None:
-        super().terminate()
-
-    def separate_from(self, original: Any) -> None:
-        """Give up what must not be shared with *original*, of which this is a copy."""
-        if hasattr(self, "reset_batch_stats"):
-            self.reset_batch_stats()  # those of another run
-
-    def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Return what is to surround the run.
-
-        In a task on Dask, it frees the place of that task meanwhile. Otherwise nested
-        runs could fill the cluster and wait for ever.
-        """
-        context: contextlib.AbstractContextManager[None] = super().retrieval_context()
-        return context
-
-    def retrieval_context(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()  # joblib would enter it with the first results
+def _is_registered(backend: Any, name: str) -> bool:
+    """Tell whether *backend* is of the class that is registered by that name."""
+    kind = joblib.parallel.BACKENDS.get(name)
+    return isinstance(kind, type) and isinstance(backend, kind)
 
 
-# ---- loky ----------------------------------------------------------------------------
+def _mixin_for(backend: Any) -> Any:
+    if isinstance(backend, joblib.parallel.LokyBackend):
+        return _Loky
+    if _is_registered(backend, "dask"):
+        return _Dask
+    if _is_registered(backend, "ray"):  # derived from that of multiprocessing
+        return _Ray
+    if isinstance(backend, joblib.parallel.MultiprocessingBackend):
+        return _Multiprocessing
+    return _Engine
 
 
-class _PoolSettings(NamedTuple):
-    """What a run asks of loky's pool. If there is such a pool, it stands for that."""
+@functools.cache
+def _engine_class(mixin: Any, kind: Any) -> Any:
+    if issubclass(mixin, kind):
+        bases: Any = (mixin,)
+    elif issubclass(mixin, _Processes):
+        bases = (kind, mixin)  # what a third party adds to loky wraps what we do
+    else:
+        bases = (mixin, kind)
+    return type(kind.__name__, bases, {})
 
-    n_jobs: int
-    capacity: int  # the most batches that loky may have
-    options: dict[str, Any]
-    inner_max_num_threads: int | None
-    backend_kwargs: dict[str, Any]
-    gone: threading.Event  # set if a worker has died, or somebody shut the pool down
 
-
-class _LokyPool:
-    """loky's one pool of workers, as the runs of this process share it.
-
-    It keeps runs independent: joblib resizes or replaces the pool for each run that
-    starts, and kills it for each that is left. Here a pool in which another run has
-    work is left as it is.
-
-    And it lets any run be left at any time. loky has a manager thread, which moves what
-    is submitted into a queue, from which the workers take it; the future is then
-    "running". If the pool is killed while more has been submitted than that queue
-    holds, the manager thread dies of a KeyError, and nothing completes any more (joblib
-    1.5.0 to 1.6.0). So loky never gets more: the rest waits here, in the backlog.
-
-    Any thread may call the methods, with the lock held. Two are called without it:
-    `feed`, in a thread of its own, takes it; `note_completion`, in loky's manager
-    thread, must not, since whoever kills the pool holds it and waits for that thread to
-    end.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.settings: _PoolSettings | None = None  # those of the pool that there is
-        self.runs: set[_ConsumerDrivenLoky] = set()  # those that have not been ended
-        self.out: dict[Future[Any], _ConsumerDrivenLoky] = {}  # what loky has
-        self.backlog: deque[tuple[_ConsumerDrivenLoky, Any, Any]] = deque()
-        self.feeder: threading.Thread | None = None
-        self.completions: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def unfinished(self) -> dict[Future[Any], _ConsumerDrivenLoky]:
-        """Return what loky has and has not completed, with the run that it is of."""
-        self.out = {job: run for job, run in self.out.items() if not job.done()}
-        return self.out
-
-    def busy_runs(self) -> set[_ConsumerDrivenLoky]:
-        """Return the runs that wait for results, which ended runs do not."""
-        return self.runs & {
-            *self.unfinished().values(),
-            *(item[0] for item in self.backlog),
-        }
-
-    def configure_for(self, run: _ConsumerDrivenLoky) -> None:
-        """Make the pool what *run* asks for, or let it share that of a busy run."""
-        if self.settings is not None and self.settings.gone.is_set():
-            self.settings = None
-        others = self.busy_runs() - {run}
-        if others:
-            run.settings = self.settings or next(iter(others)).settings
-        # loky would wait for the end of what ended runs have left before it changes the
-        # pool, and joblib does not change the folder of a pool.
-        elif self.settings is not None and (
-            self.unfinished()
-            or self.settings.options.get("temp_folder")
-            != run.settings.options.get("temp_folder")
-        ):
-            self.kill(run)
-        if self.settings is None:
-            # An object of its own for each pool.
-            run.settings = run.settings._replace(gone=threading.Event())
-        run.use_pool(run.settings)
-        self.settings = run.settings
-
-    def enqueue(
-        self, run: _ConsumerDrivenLoky, batch: Any, report: Callable[[Any], None]
-    ) -> None:
-        """Submit a batch to loky, or keep it until there is room for it."""
-        self.backlog.append((run, batch, report))
-        self.submit_backlog()
-        if self.backlog and self.feeder is None:
-            feeder = threading.Thread(target=self.feed, daemon=True)
-            with contextlib.suppress(RuntimeError):  # without it, the consumer does it
-                feeder.start()
-                self.feeder = feeder
-
-    def submit_backlog(self) -> None:
-        """Give loky as many batches as its queue holds."""
-        while self.backlog:
-            if self.settings and len(self.unfinished()) >= self.settings.capacity:
-                return
-            run, batch, report = self.backlog.popleft()
-            if not run.lost_work:
-                run.submit_to_loky(batch, report)
-
-    def feed(self) -> None:
-        """Empty the backlog as batches complete, however slow the consumer is."""
-        while True:
-            with self.lock:
-                self.submit_backlog()
-                if not self.backlog:
-                    self.feeder = None
-                    return
-            self.completions.get()
-
-    def note_completion(
-        self, run: _ConsumerDrivenLoky, settings: _PoolSettings, job: Future[Any]
-    ) -> None:
-        """Take note, in loky's manager thread, that a batch of *run* has completed."""
-        if not job.cancelled() and isinstance(job.exception(), BrokenExecutor):
-            run.lost_work = True
-            settings.gone.set()
-        if self.feeder is not None:
-            self.completions.put(None)
-
-    def remove(self, run: _ConsumerDrivenLoky) -> None:
-        """Drop what *run* has queued. Kill a pool that is busy for ended runs alone."""
-        self.runs.discard(run)
-        self.backlog = deque(item for item in self.backlog if item[0] is not run)
-        if self.feeder is not None:
-            self.completions.put(None)
-        if run.has_pool and run.settings.gone.is_set():
-            run.kill_pool()  # the run's own, to which another may have succeeded
-        unwanted = set(self.unfinished().values()) - self.runs
-        if (unwanted or run.was_interrupted) and not self.busy_runs():
-            self.kill(run)
-
-    def kill(self, run: _ConsumerDrivenLoky) -> None:
-        """Kill the pool, by the hand of *run*."""
-        settings = self.settings
-        if settings is None or settings.gone.is_set():
-            return
-        if settings is not run.settings:
-            run.use_pool(settings)  # it has been changed since
-        if run.was_interrupted:
-            # Just then, loky may have got a batch that is not in `out`. What is
-            # submitted now arrives after it.
-            with contextlib.suppress(Exception):
-                self.out[run.submit_probe()] = run
-
-        # As said above: all that loky has must have arrived in its call queue. If it
-        # does not, what somebody else has submitted comes first: the pool is left to
-        # that.
-        def has_arrived() -> bool:
-            return all(job.running() or job.done() for job in self.unfinished())
-
-        if not _wait_until(lambda: has_arrived() or not _is_loky_running(), seconds=10):
-            for job in self.unfinished():
-                job.cancel()
-            return
-        if _is_loky_running():
-            run.kill_pool()
-            self.out, self.settings = {}, None
-        else:
-            self.clear_up()
-
-    def clear_up(self) -> None:
-        """Do what loky's manager thread would do, if it has died or could not start."""
-        for process in multiprocessing.active_children():
-            if process.name.startswith("LokyProcess"):
-                process.kill()
-                process.join()
-        _loky("reusable_executor").get_reusable_executor(reuse=True).shutdown(
-            wait=False
+def _engine_like(backend: Any, inbox: _Inbox) -> Any:
+    """Return an engine for one run like *backend*, which is left as it is."""
+    is_sequential = isinstance(backend, joblib.parallel.SequentialBackend)
+    if not (is_sequential or backend.supports_retrieve_callback):
+        raise ValueError(
+            f"backend must tell when a batch has completed, got {backend!r}"
         )
-        self.out, self.settings = {}, None
+    engine = object.__new__(_engine_class(_mixin_for(backend), type(backend)))
+    vars(engine).update(vars(backend))
+    engine.inbox = inbox
+    engine.separate_from(backend)
+    return engine
 
 
-_loky_pool = _LokyPool()
-_loky_process: int | None = None  # that was using loky when it was last forked
+# ---- worker processes: loky and multiprocessing --------------------------------------
+
+# A pickled function of more bytes is not sent with each batch, but put into a file.
+_LARGEST_INLINE_FUNCTION = 32_000
+
+# Seconds that a run which ends waits for workers that are only starting.
+_PATIENCE = 5
 
 
 def _loky(module: str) -> Any:
     return importlib.import_module(f"joblib.externals.loky.{module}")
 
 
-def _is_loky_running() -> bool:
-    """Tell whether there is a manager thread of loky, without which nothing completes.
+@functools.cache
+def _pickle_main_by_value() -> None:
+    """Let functions of the program travel from a process that was spawned, too.
 
-    That of an executor that somebody else has made counts, too: it cannot be told
-    apart.
+    The program is called __mp_main__ there, which no worker can import.
     """
-    return any(
-        thread.name == "ExecutorManagerThread" for thread in threading.enumerate()
+    if "__mp_main__" in sys.modules:
+        try:
+            cloudpickle = importlib.import_module("joblib.externals.cloudpickle")
+        except ImportError:  # joblib 1.6
+            cloudpickle = importlib.import_module("cloudpickle")
+        cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
+
+
+class _Folder:
+    """The folder of a run, made when it is first needed."""
+
+    def __init__(self, root: str | None) -> None:
+        self.root = root
+        self.made: str | None = None
+        self.tracker = _loky("backend.resource_tracker")
+        self.reducer = importlib.import_module("joblib._memmapping_reducer")
+        self.place = _private(self.reducer, "_get_temp_dir")
+
+    def path(self) -> str:
+        if self.made is None:
+            # joblib's own name, by which those who look for such folders find them.
+            name = f"joblib_memmapping_folder_{os.getpid()}_{uuid.uuid4().hex}"
+            path, _ = self.place(name, self.root)
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            self.tracker.register(path, "folder")  # which removes it if we cannot
+            self.made = path
+        return self.made
+
+    def write(self, data: bytes) -> str:
+        file = os.path.join(self.path(), "task_func.pkl")
+        with open(file, "wb") as opened:
+            opened.write(data)
+        return file
+
+    def remove(self) -> None:
+        if self.made is not None:
+            shutil.rmtree(self.made, ignore_errors=True)
+            self.tracker.unregister(self.made, "folder")
+            self.made = None
+
+
+class _ArrayFiles:
+    """Reduces arrays like joblib, which puts large ones into files that workers map.
+
+    joblib keeps those files until the run ends. Here each goes with its array. joblib's
+    `dumps` calls it, in the consumer's thread.
+    """
+
+    def __init__(self, reducer: Any, folder: _Folder) -> None:
+        self.reducer = reducer
+        self.folder = folder
+        self.process = os.getpid()
+        self.drops: dict[str, Any] = {}  # finalizers of arrays, by their files
+        self.mapped: list[Any] = []  # arrays in files, and
+        self.weight = 0  # bytes of all arrays since these two were set back
+
+    def __call__(self, array: Any) -> Any:
+        try:
+            reduced = self.reducer(array)
+        except BaseException:
+            self.forget_what_was_begun()
+            raise
+        self.weight += array.nbytes
+        file = reduced[1][0]
+        if isinstance(file, str) and os.path.dirname(file) == self.folder.made:
+            self.mapped.append(array)
+            if file not in self.drops:
+                self.folder.tracker.unregister(
+                    file, "file"
+                )  # that of the folder will do
+                self.drops[file] = weakref.finalize(array, self.drop, file)
+                self.drops[file].atexit = False
+        return reduced
+
+    def drop(self, file: str) -> None:
+        """Remove the file of an array that is no more."""
+        if self.drops.pop(file, None) is not None and self.process == os.getpid():
+            with contextlib.suppress(OSError):  # Windows, where a worker maps it
+                os.unlink(file)
+
+    def forget_what_was_begun(self) -> None:
+        """Take back what the reducer has said of a file that it could not write."""
+        folder = self.folder.made
+        for name in os.listdir(folder) if folder else ():
+            file = os.path.join(cast(str, folder), name)
+            if name.startswith(f"{self.process}-") and file not in self.drops:
+                self.folder.tracker.unregister(file, "file")
+                os.unlink(file)
+
+    def close(self) -> None:
+        while self.drops:
+            self.drops.popitem()[1].detach()
+
+
+class _Pool:
+    """Worker processes, which serve one run at a time: an executor of loky.
+
+    The consumer's thread takes it, submits to it and asks whether it is sound; the
+    thread that ends the run keeps, stops or kills it. In loky's manager thread
+    _kill_workers is called.
+    """
+
+    def __init__(self, key: Any, workers: int, payload: Any, **options: Any) -> None:
+        self.key = key  # of what another run must want to be served, too
+        self.workers = workers
+        self.starting = workers  # have not announced themselves
+        self.complaint = ""  # of an initializer
+        _occupy_standard_streams()
+        self.announced, self.announce = multiprocessing.Pipe(duplex=False)
+        self.executor = _loky("process_executor").ProcessPoolExecutor(
+            workers, initializer=_PREPARE, initargs=(self.announce, payload), **options
+        )
+        self.forks = options["context"] and options["context"].get_start_method()
+        self.table = _private(self.executor, "_processes")
+        self.manager: Any = None  # loky's thread
+        _pools.add(self)
+
+    def processes(self) -> list[Any]:
+        return list(self.table.values())
+
+    def submit(self, data: bytes) -> Future[bytes]:
+        if self.manager is not None:
+            return self.executor.submit(_RUN_PICKLED, data)
+        if self.forks == "fork":
+            # Not in a thread of its own, since Python warns of forks beside threads.
+            with _interrupts_blocked():
+                return self.start(data)
+        # Workers that were interrupted as they start would print a traceback, or go
+        # on for ever. No handler of a signal ever interrupts another thread.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self.start, data).result()
+
+    def start(self, data: bytes) -> Future[bytes]:
+        """Submit the first batch, which starts the workers."""
+        with _interrupts_blocked(), _standard_streams():
+            future: Future[bytes] = self.executor.submit(_RUN_PICKLED, data)
+        _at_exit_before_loky(os.getpid())
+        manager = _private(self.executor, "_executor_manager_thread")
+        calls, results = (
+            _private(manager, "call_queue"),
+            _private(manager, "result_queue"),
+        )
+        self.queues = calls, results
+        _private(calls, "_thread"), _private(results, "_writer")
+        numbers, _ = (
+            _private(manager, "work_ids_queue"),
+            _private(manager, "kill_workers"),
+        )
+        manager.kill_workers = functools.partial(
+            _kill_workers, self.table, numbers, _private(calls, "_reader")
+        )
+        self.manager = manager
+        return future
+
+    def hear(self, seconds: float) -> bool:
+        """Return whether all workers have announced themselves, or do so in time."""
+        deadline = time.monotonic() + seconds
+        while self.starting and self.announced.poll(
+            max(0, deadline - time.monotonic())
+        ):
+            self.complaint += self.announced.recv_bytes().decode(errors="replace")
+            self.starting -= 1
+        return not self.starting
+
+    def fault(self) -> Exception | None:
+        """Return an error if a worker is dead, or loky's thread."""
+        codes = [p.exitcode for p in self.processes() if p.exitcode is not None]
+        if codes:  # one that leaves in peace is taken off the table before it ends
+            return BrokenExecutor(f"a worker process has died, with exit code {codes}")
+        if not self.manager.is_alive():
+            return RuntimeError("loky has stopped working: its manager thread has died")
+        return None
+
+    def is_sound(self) -> bool:
+        return len(self.table) == self.workers and self.fault() is None
+
+    def keep(self) -> None:
+        """Let the next run of the same settings have the workers, which are idle."""
+        if not self.hear(_PATIENCE):
+            self.kill()
+        elif self.key is None:
+            self.stop()
+        else:
+            _idle_pools.append(self)
+            _stop_idle_pools(_most_idle)
+
+    def stop(self) -> None:
+        """Let the workers, which are idle, end."""
+        self.end(kill_workers=False)
+
+    def kill(self) -> None:
+        """Stop the workers and all that they have started at once."""
+        self.end(kill_workers=True)
+
+    def end(self, *, kill_workers: bool) -> None:
+        # It would wait behind a lock that all executors of the process share.
+        self.executor.shutdown(wait=False, kill_workers=kill_workers)
+        if self.manager is not None:
+            self.manager.join(timeout=_PATIENCE)
+        if self.table:
+            self.break_off()
+        if self.manager is not None:
+            # If the interpreter exits while the thread that fills loky's queue lets go
+            # of a semaphore, that is reported as leaked (joblib 1.5.0 to 1.6.0).
+            feeder = _private(self.queues[0], "_thread")
+            if feeder is not None:
+                feeder.join(timeout=_PATIENCE)
+        self.announced.close()
+        self.announce.close()
+
+    def break_off(self) -> None:
+        """Kill the workers though loky's thread does not.
+
+        It could not start, has died, or waits for the rest of a result whose sender was
+        killed by somebody else.
+        """
+        processes = self.processes()
+        _kill_trees(processes)
+        for process in processes:
+            process.join(timeout=1)
+        if self.manager is not None:
+            calls, results = self.queues
+            _private(calls, "_reader").close()
+            calls.close()
+            _private(results, "_writer").close()
+            self.manager.join(timeout=_PATIENCE)
+
+
+_pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all that have not been collected
+
+
+def _take_pool(key: Any) -> _Pool | None:
+    """Return idle workers of these settings, if there are any."""
+    for pool in list(_idle_pools):
+        if key is not None and pool.key == key:
+            try:
+                _idle_pools.remove(pool)
+            except ValueError:  # another thread has taken it
+                continue
+            if pool.is_sound():
+                return pool
+            pool.kill()
+    return None
+
+
+@contextlib.contextmanager
+def _standard_streams() -> Iterator[None]:
+    """Lend standard streams to those who flush them, if the program has closed them."""
+    with contextlib.ExitStack() as stack:
+        for name in "stdout", "stderr":
+            stream = getattr(sys, name)
+            if stream is None or stream.closed:
+                sink = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(getattr(contextlib, f"redirect_{name}")(sink))
+        yield
+
+
+def _occupy_standard_streams() -> None:
+    """Let no pipe become the standard output of a worker, where that is closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) == number:
+                os.set_inheritable(number, True)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Keep interrupts from this thread, and from processes that it starts.
+
+    These unblock them when they are ready.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_workers(
+    table: dict[int, Any], numbers: Any, calls: Any, reason: str = ""
+) -> None:
+    """Kill the workers of a pool: in loky's manager thread, which then ends.
+
+    It stands in for the thread's own method, which kills one worker after another, and
+    of each the children first; the rest take the next tasks meanwhile, or start more
+    programs. Here that thread reads no more: no worker can be in the middle of a result
+    that it waits for.
+    """
+    processes = list(table.values())
+    _kill_trees(processes)
+    for process in processes:
+        process.join()
+    table.clear()
+    # It has forgotten all work, and would look for what these are the numbers of.
+    with contextlib.suppress(queue.Empty):
+        while True:
+            numbers.get_nowait()
+    calls.close()  # or the thread that fills this pipe might wait for ever
+
+
+def _kill_trees(processes: Iterable[Any]) -> None:
+    """Stop processes and all that they have started; when all are stopped, kill them.
+
+    Nothing can start anything meanwhile, or be told of a child's end.
+    """
+    if os.name != "posix":
+        for process in processes:
+            _loky("backend.utils").kill_process_tree(process)
+        return
+    found: set[int] = set()
+    new = {p.pid for p in processes if p.pid is not None and p.exitcode is None}
+    while new:
+        _send(signal.SIGSTOP, new)
+        found |= new
+        new = {pid for pid, parent in _parents() if parent in found} - found
+    _send(signal.SIGKILL, found)
+
+
+def _send(number: int, pids: set[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it is gone, or somebody else's
+            os.kill(pid, number)
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    """Yield the ids of all processes and of their parents, if that can be known."""
+    if os.path.exists("/proc/self/stat"):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                # "number (name) state parent ...", and the name may be anything
+                yield int(name), int(file.read().rpartition(b")")[2].split()[1])
+        return
+    with contextlib.suppress(OSError):
+        command = ["ps", "-A", "-o", "pid=,ppid="]
+        listed = subprocess.run(command, capture_output=True, check=False).stdout
+        for line in listed.splitlines():
+            pid, parent = map(int, line.split())
+            yield pid, parent
+
+
+class _Processes(_Engine):
+    """Gives each run workers of its own, by loky's executor.
+
+    So a run has as many as it asked for, with its own initializer, and runs cannot
+    disturb each other. All pickling is done by the consumer's thread: what cannot be
+    pickled or unpickled is an error of its batch, and the weight of batches is known.
+    """
+
+    more_options = frozenset(
+        ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
     )
+    pool: _Pool | None = None
+    run_batch = _of_worker("run_batch")
 
-
-def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait for what loky tells nobody of. Return whether it has come in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.001)
-    return True
-
-
-def _note_use_of_loky() -> None:
-    """Take note, before a fork, whether it inherits a pool that has lost its thread."""
-    global _loky_process
-    if _is_loky_running():
-        _loky_process = os.getpid()
-    elif _loky_process == os.getpid():
-        _loky_process = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_note_use_of_loky, after_in_child=_disown_runs_of_parent)
-
-
-_NO_PGREP = "Failed to kill subprocesses on this platform"
-
-
-def _let_loky_kill() -> None:
-    """Let loky kill its workers where there is neither psutil nor pgrep, in silence.
-
-    It warns there, which is an error to some programs, and calls a method that its
-    class of processes lacks on POSIX (joblib 1.5.0 to 1.6.0). Its manager thread dies
-    of that.
-    """
-    if os.name == "posix":
-        popen = _loky("backend.popen_loky_posix").Popen
-        if not hasattr(popen, "kill"):
-            popen.kill = _kill
-    # Anybody may have reset the filters since.
-    if all(getattr(item[1], "pattern", None) != _NO_PGREP for item in warnings.filters):
-        warnings.filterwarnings("ignore", _NO_PGREP)
-
-
-def _kill(process: Any) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-
-
-class _ConsumerDrivenLoky(_ConsumerDriven):
-    """Shares loky's pool with the other runs of the process. See _LokyPool.
-
-    It asks for nothing by itself: _LokyPool decides when it may configure the pool,
-    submit to it or kill it, and calls the methods that do so.
-    """
-
-    more_options = _POOL_OPTIONS
-    settings: _PoolSettings  # what this run wants of the pool, or has found
-    has_pool = False
-    lost_work = False  # when a worker of the pool died
-
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+    def configure(
+        self,
+        n_jobs: int = 1,
+        parallel: Any = None,
+        prefer: Any = None,
+        require: Any = None,
+        idle_worker_timeout: float | None = None,
+        **options: Any,
+    ) -> int:
         workers = int(self.effective_n_jobs(n_jobs))
         if workers == 1:
             raise _OneWorker
-        if _loky_process not in (None, os.getpid()):
-            raise RuntimeError(
-                "loky does not work in a fork of a process that has used it: start the "
-                "process by 'spawn', or use backend='multiprocessing' or 'threading'"
-            )
         self.parallel, self.workers = parallel, workers
-        # loky's queue has room for two batches a core, however large the pool has
-        # grown; and for as many as there are workers, since each takes one out.
-        capacity = max(workers, 2 * min(workers, joblib.cpu_count()))
-        self.settings = _PoolSettings(
-            workers,
-            capacity,
-            options,
-            self.inner_max_num_threads,
-            self.backend_kwargs,
-            gone=threading.Event(),
+        options = {**self.backend_kwargs, **options}
+        self.idle_seconds = idle_worker_timeout or options.pop(
+            "idle_worker_timeout", 300
         )
-        with _loky_pool.lock:
-            _loky_pool.runs.add(self)
-            _loky_pool.configure_for(self)
+        self.context = options.pop("context", None)
+        self.initializer = options.pop("initializer", None), options.pop("initargs", ())
+        self.folder = _Folder(options.pop("temp_folder", None))
+        get_reducers = _private(self.folder.reducer, "get_memmapping_reducers")
+        self.reducers, self.result_reducers = get_reducers(
+            temp_folder_resolver=self.folder.path, unlink_on_gc_collect=False, **options
+        )
+        numpy = sys.modules.get("numpy")  # joblib has imported it, if there is one
+        arrays = numpy and self.reducers[numpy.ndarray]
+        self.files = _ArrayFiles(arrays, self.folder)
+        if numpy is not None:
+            self.reducers[numpy.ndarray] = self.reducers[numpy.memmap] = self.files
+        _pickle_main_by_value()
         return workers
 
-    def use_pool(self, settings: _PoolSettings) -> None:
-        self.inner_max_num_threads = settings.inner_max_num_threads
-        self.backend_kwargs = settings.backend_kwargs
-        super().configure(settings.n_jobs, self.parallel, **settings.options)
-        self.has_pool = True
+    def dumps(self, value: Any) -> bytes:
+        self.files.mapped, self.files.weight = [], 0
+        return bytes(_loky("backend.reduction").dumps(value, reducers=self.reducers))
 
-    def submit_to_engine(self, batch: Any, report: Callable[[Any], None]) -> None:
-        with _loky_pool.lock:
-            _loky_pool.enqueue(self, batch, report)
-        _end_open_runs_before_loky()
-
-    def submit_to_loky(self, batch: Any, report: Callable[[Any], None]) -> None:
-        """Submit a batch to loky, in the consumer's thread or the feeder's."""
-
-        def completed(job: Future[Any]) -> None:
-            report(job)
-            _loky_pool.note_completion(self, settings, job)
-
-        _let_loky_kill()
+    def send(self, task_func: Callable[[Any], Any]) -> Any:
+        """Pickle the function, once; each worker unpickles it once."""
         try:
-            if self.settings is not _loky_pool.settings:
-                _loky_pool.configure_for(self)  # another run has changed it since
-            settings = self.settings
-            try:
-                job = super().submit_to_engine(batch, completed)
-            except (BrokenExecutor, _loky("process_executor").ShutdownExecutorError):
-                # A worker has died, or somebody else has shut the pool down.
-                settings.gone.set()
-                _loky_pool.configure_for(self)
-                settings = self.settings
-                job = super().submit_to_engine(batch, completed)
-            _loky_pool.out[job] = self
+            payload: Any = self.dumps(task_func)
         except Exception as error:
-            if not _is_loky_running():
-                _loky_pool.clear_up()
-            report(_Failure(error))
+            message = f"task_func cannot be pickled: {_shown(task_func)}: {error!r}"
+            raise pickle.PicklingError(message) from error
+        self.arrays_of_function = self.files.mapped  # keeps their files
+        if len(payload) > _LARGEST_INLINE_FUNCTION:
+            payload = self.folder.write(payload)
+        return _SentAs(_of_worker("function_of"), uuid.uuid4().hex, payload)
+
+    def submit(self, func: Any, callback: Any = None) -> Any:
+        try:
+            data = self.dumps(func)
+        except Exception as error:
+            raise self.pickling_error(func, error) from error
+        self.task_weight = (len(data) + self.files.weight) / len(func)
+        if self.pool is None:
+            self.pool = self.find_pool()
+        job = self.pool.submit(data)
+        mapped = self.files.mapped  # whose files must stay until the batch is done
+        job.add_done_callback(lambda job, mapped=mapped: callback(job))
+        return job
+
+    def pickling_error(self, func: Any, error: Exception) -> Exception:
+        for task in func.items[0][1][1:]:
+            try:
+                self.dumps(task)
+            except Exception:
+                return pickle.PicklingError(
+                    f"a task cannot be pickled: {_shown(task)}: {error!r}"
+                )
+        return error
 
     def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
-        with _loky_pool.lock:
-            _loky_pool.submit_backlog()
-        return super().results_of(outcome)
+        if isinstance(outcome, _Failure):
+            raise outcome.error
+        error = outcome.exception()
+        if error is not None:
+            raise self.explained(error)
+        data = outcome.result()
+        try:
+            results, failure = pickle.loads(data)
+        except Exception as error:
+            message = f"a result cannot be unpickled: {error!r}"
+            raise pickle.UnpicklingError(message) from error
+        self.result_weight = len(data) / (len(results) or 1)
+        return results, failure
+
+    def explained(self, error: BaseException) -> BaseException:
+        """Return the error of a worker that died, with what is known of the reason."""
+        pool = cast(_Pool, self.pool)
+        if not isinstance(error, BrokenExecutor) or pool.hear(0):
+            return error
+        names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
+        hidden = ", ".join(filter(os.path.exists, names))
+        if pool.complaint:
+            _set_cause(error, pool.complaint.strip())
+        elif hidden:
+            _set_cause(
+                error,
+                "A worker could not start. In the current directory, these files hide "
+                f"modules of Python that it may need: {hidden}",
+            )
+        return error
 
     def fault(self) -> Exception | None:
-        with _loky_pool.lock:
-            _loky_pool.submit_backlog()  # in case no thread could be started for that
-        if _is_loky_running():
-            return None
-        return RuntimeError("loky has stopped working: its manager thread has died")
+        return None if self.pool is None else self.pool.fault()
 
-    def submit_probe(self) -> Any:
-        """Return the future of a call that does nothing."""
-        return super().submit_to_engine(os.getpid, lambda job: None)
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            pool.kill()
 
-    def kill_pool(self) -> None:
-        _let_loky_kill()
-        feeders = [t for t in threading.enumerate() if t.name == "QueueFeederThread"]
-        super().abort()
-        # Wait for the thread that has filled the pool's queue, as loky does not (joblib
-        # 1.5.0 to 1.6.0): if the interpreter exits while it lets go of a semaphore,
-        # that is reported as leaked. Other queues have such threads, too.
-        if feeders:
-            _wait_until(lambda: not all(t.is_alive() for t in feeders), seconds=2)
+    def terminate(self) -> None:
+        pool, self.pool = self.pool, None
+        try:
+            if pool is not None:
+                pool.keep()
+        finally:
+            self.files.close()
+            self.folder.remove()
+            self.reset_batch_stats()
 
-    def clean_up(self) -> None:
-        if hasattr(self, "settings"):  # or else it was interrupted before
-            with _loky_pool.lock:
-                _loky_pool.remove(self)
-                if self.has_pool:
-                    self.finish()
-
-
-# ---- multiprocessing -----------------------------------------------------------------
+    def prepared(self) -> bytes:
+        """Return what `prepare` is given in a worker, pickled."""
+        wanted = (*self.initializer, self.result_reducers)
+        try:
+            return bytes(_loky("backend.reduction").dumps(wanted))
+        except Exception as error:
+            message = f"initializer or initargs cannot be pickled: {error!r}"
+            raise pickle.PicklingError(message) from error
 
 
-class _PoolContext:
-    """A multiprocessing context that records what a pool makes with it.
+class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
+    """Keeps the workers of a run that ended well for the next that wants the same."""
 
-    `multiprocessing.Pool` (of Python 3.10 to 3.14) does not report that a worker has
-    died, and its result thread dies of a result that it cannot unpickle. When the pool
-    terminates a worker that has one of its locks, or is in the middle of a message, or
-    handles SIGTERM, it waits for ever. With what is recorded, the first two are found
-    out and the last is broken off.
+    def find_pool(self) -> _Pool:
+        payload = self.prepared()
+        env = _private(self, "_prepare_worker_env")(n_jobs=self.workers)
+        options = {"timeout": self.idle_seconds, "env": env}
+        surroundings = dict(os.environ), os.getcwd(), list(sys.path)
+        key = self.workers, payload, options, surroundings
+        return _take_pool(key) or _Pool(
+            key, self.workers, payload, context=None, **options
+        )
 
-    The pool calls `Process`, `Lock` and `Pipe` as it is made, in the consumer's thread,
-    and later `Process` and `receive` in its own; the consumer's thread calls
-    `exit_codes`, the one that ends the run the rest.
+
+class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # type: ignore[misc]
+    """Starts workers as multiprocessing does, anew for each run.
+
+    A fork is a picture of the program as it is when the run starts.
     """
 
-    def __init__(self, context: Any, inbox: _Inbox, *, replaces_workers: bool) -> None:
-        self.context = context
-        self.inbox = inbox
-        self.replaces_workers = replaces_workers  # which end with 0, then
-        self.processes: list[Any] = []
-        self.locks: list[Any] = []
-        self.pipes: list[tuple[Any, Any]] = []  # that of the tasks, that of the results
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.context, name)
-
-    def Process(self, *args: Any, **kwargs: Any) -> Any:
-        process = self.context.Process(*args, **kwargs)
-        self.processes = [*self.unexpected(self.processes), process]
-        return process
-
-    def Lock(self) -> Any:
-        self.locks.append(self.context.Lock())
-        return self.locks[-1]
-
-    def Pipe(self, duplex: bool = True) -> Any:
-        reader, writer = self.context.Pipe(duplex)
-        self.pipes.append((reader, writer))
-        if len(self.pipes) == 2:
-            reader.recv = functools.partial(self.receive, reader.recv_bytes)
-        return reader, writer
-
-    def receive(self, recv_bytes: Callable[[], bytes]) -> Any:
-        """Receive a result in the pool's result thread, which survives a bad one."""
-        data = recv_bytes()
-        try:
-            return pickle.loads(data)
-        except Exception as error:
-            failure = pickle.UnpicklingError(f"a result cannot be unpickled: {error!r}")
-            failure.__cause__ = error
-            self.inbox.fail(failure)
-            return None, None, None  # a result of no job that the pool knows of
-
-    def unexpected(self, processes: list[Any]) -> list[Any]:
-        """Return those that have not ended as replaced workers do."""
-        return [p for p in processes if not (self.replaces_workers and p.exitcode == 0)]
-
-    def exit_codes(self) -> list[int]:
-        """Return those of workers that have ended, and should not have."""
-        codes = [process.exitcode for process in self.unexpected(self.processes)]
-        return [code for code in codes if code is not None]
-
-    def kill(self) -> None:
-        for process in self.processes:
-            if process.is_alive():
-                process.kill()
-
-    def break_off(self) -> None:
-        """Kill the workers, and free the pool's threads from waiting for them."""
-        self.kill()
-        for lock in self.locks:
-            # A worker may have died with it, or just when it was woken to have it.
-            lock.acquire(block=False)
-            with contextlib.suppress(ValueError):  # it has been released meanwhile
-                lock.release()
-        for connection in (self.pipes[0][0], self.pipes[1][1]):
-            with contextlib.suppress(OSError):
-                connection.close()
-
-    def close(self) -> None:
-        """Kill the workers that are left; let go of what the pool was made of."""
-        self.kill()
-        for process in self.processes:
-            if process.pid is not None:
-                process.join(timeout=1)
-        self.pipes.clear()
+    def find_pool(self) -> _Pool:
+        payload: Any = (*self.initializer, self.result_reducers)
+        if self.context.get_start_method() != "fork":
+            payload = self.prepared()
+        options = {"timeout": self.idle_seconds, "context": self.context}
+        return _Pool(None, self.workers, payload, **options)
 
 
-class _ConsumerDrivenPool(_ConsumerDriven):
-    """Makes up for what `multiprocessing.Pool` does not notice. See _PoolContext."""
-
-    more_options = _POOL_OPTIONS | {"maxtasksperchild"}
-    context: _PoolContext | None = None
-
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-        context = options.get("context") or multiprocessing.get_context()
-        self.context = options["context"] = _PoolContext(
-            context,
-            self.inbox,
-            replaces_workers=options.get("maxtasksperchild") is not None,
-        )
-        try:
-            return super().configure(n_jobs, parallel, **options)
-        except ChildProcessError as error:  # the server is a child of the parent
-            raise RuntimeError(
-                "multiprocessing's fork server does not work in a fork of a process "
-                "that has used it: use backend='threading'"
-            ) from error
-
-    def fault(self) -> Exception | None:
-        exit_codes = self.context.exit_codes() if self.context else []
-        message = f"a worker process has died, with exit code {exit_codes}"
-        return BrokenExecutor(message) if exit_codes else None
-
-    def finish(self) -> None:
-        context = self.context
-        if context is None:
-            return  # it was interrupted before there was a pool
-
-        def terminate() -> None:
-            # What it makes of the loss of its pipes is no matter.
-            with contextlib.suppress(Exception):
-                super(_ConsumerDrivenPool, self).finish()
-
-        thread = _call_in_thread(terminate)
-        if thread is not None:
-            thread.join(timeout=0.5)
-            deadline = time.monotonic() + 5
-            while thread.is_alive() and time.monotonic() < deadline:
-                context.break_off()
-                thread.join(timeout=0.05)
-        context.close()
+# ---- Dask and Ray --------------------------------------------------------------------
 
 
-# ---- Dask ----------------------------------------------------------------------------
+class _Scattered(_SentByValue):
+    """A function for Dask, which scatters what is large, once a run, to its workers.
+
+    Of a method Dask sees only that it is small itself.
+    """
+
+    @functools.cached_property
+    def reduced(self) -> Any:
+        data = bytes(_loky("backend.reduction").dumps(self.func))
+        return pickle.loads, (data,)
+
+    def __sizeof__(self) -> int:
+        return len(self.reduced[1][0])
 
 
-class _ConsumerDrivenDask(_ConsumerDriven):
+class _Dask(_Engine):
     """Reports what joblib's Dask backend (1.5.0 to 1.6.0) does not, and cancels tasks.
 
     Without it, a run waits for ever for a worker that is lost, or for what cannot be
     pickled (see _DaskClient), and what is queued goes on when a run has been left.
     """
+
+    def send(self, task_func: Callable[[Any], Any]) -> Any:
+        return _Scattered(task_func)
 
     def separate_from(self, original: Any) -> None:
         # What it keeps of its calls must not be shared; what was scattered may be.
@@ -1875,19 +2219,19 @@ class _ConsumerDrivenDask(_ConsumerDriven):
         workers = int(super().effective_n_jobs(n_jobs))
         return workers and max(workers, 2)
 
-    def submit_to_engine(self, batch: Any, report: Callable[[Any], None]) -> Any:
+    def submit(self, func: Any, callback: Any = None) -> Any:
         def report_error(job: Future[Any]) -> None:
             error = job.exception()
             if error is not None:
-                report(_Failure(error))
+                callback(_Failure(error))
 
-        job = super().submit_to_engine(batch, report)
+        job = super().submit(func, callback)
         job.add_done_callback(report_error)  # if a worker is lost, joblib calls nothing
         return job
 
-    def abort(self) -> None:
+    def abort_everything(self, ensure_ready: bool = True) -> None:
         futures = list(self.waiting_futures.futures)
-        super().abort()
+        super().abort_everything(ensure_ready)
         if self.client.status == "running":
             self.client.cancel(futures)  # joblib only forgets them
 
@@ -1921,41 +2265,10 @@ class _DaskClient:
         self.client.loop.add_callback(guarded)
 
 
-# ---- any of them ---------------------------------------------------------------------
+class _Ray(_Engine):
+    """Puts the function into Ray's store once a run; each worker unpickles it once."""
 
-
-def _is_registered(backend: Any, name: str) -> bool:
-    """Tell whether *backend* is of the class that is registered by that name."""
-    kind = joblib.parallel.BACKENDS.get(name)
-    return isinstance(kind, type) and isinstance(backend, kind)
-
-
-def _mixin_for(backend: Any) -> Any:
-    if isinstance(backend, joblib.parallel.LokyBackend):
-        return _ConsumerDrivenLoky
-    if _is_registered(backend, "dask"):
-        return _ConsumerDrivenDask
-    is_pool = isinstance(backend, joblib.parallel.MultiprocessingBackend)
-    if is_pool and not _is_registered(backend, "ray"):  # which is derived from it
-        return _ConsumerDrivenPool
-    return _ConsumerDriven
-
-
-@functools.cache
-def _subclass(mixin: Any, kind: Any) -> Any:
-    return type(kind.__name__, (mixin, kind), {})  # joblib shows the name
-
-
-def _consumer_driven(backend: Any, inbox: _Inbox) -> Any:
-    """Return a joblib backend like *backend*, which is left as it is, for one run."""
-    is_sequential = isinstance(backend, joblib.parallel.SequentialBackend)
-    if not (is_sequential or backend.supports_retrieve_callback):
-        raise ValueError(
-            f"backend must tell when a batch has completed, got {backend!r}"
-        )
-    kind: Any = type(backend)
-    own = object.__new__(_subclass(_mixin_for(backend), kind))
-    vars(own).update(vars(backend))
-    own.inbox = inbox
-    own.separate_from(backend)
-    return own
+    def send(self, task_func: Callable[[Any], Any]) -> Any:
+        data = bytes(_loky("backend.reduction").dumps(task_func))
+        stored = importlib.import_module("ray").put(data)
+        return _SentAs(_FUNCTION_OF, uuid.uuid4().hex, stored)
