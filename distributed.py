@@ -37,7 +37,9 @@ package of that name in which Dask's scheduler lives.
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
+import difflib
 import functools
 import importlib
 import inspect
@@ -52,6 +54,7 @@ import os
 import pickle
 import queue
 import re
+import reprlib
 import shutil
 import signal
 import subprocess
@@ -428,7 +431,7 @@ def get_backend(backend_name: Literal["single_process"]) -> SingleProcess: ...
 @overload
 def get_backend(backend_name: Literal["joblib"]) -> Joblib: ...
 @overload
-def get_backend(backend_name: str) -> DistributedBackend: ...
+def get_backend(backend_name: str) -> SingleProcess | Joblib: ...
 def get_backend(backend_name: str) -> DistributedBackend:
     """Return a backend by its name.
 
@@ -470,17 +473,29 @@ def get_backend(backend_name: str) -> DistributedBackend:
 def _check_task_func(task_func: Any) -> None:
     if not callable(task_func):
         raise TypeError(f"task_func must be callable, got {task_func!r}")
+    plain = types.FunctionType, types.MethodType, types.BuiltinFunctionType
+    if not isinstance(task_func, plain) or hasattr(task_func, "__signature__"):
+        return  # what it takes is not known for sure
+    try:
+        signature = inspect.signature(task_func, follow_wrapped=False)
+    except ValueError:
+        return
+    try:
+        signature.bind("a task")
+    except TypeError:
+        raise TypeError(
+            "task_func must take one argument, the task: for several, use "
+            f"lambda task: f(*task); got {task_func!r} with {signature}"
+        ) from None
 
 
 def _checked_num_workers(num_workers: int | None) -> int:
     if num_workers is None:
         configured = joblib.parallel.get_active_backend()[1]
         return -1 if configured is None else configured
-    try:
-        count = operator.index(num_workers)
-    except TypeError:
-        message = f"num_workers must be an integer or None, got {num_workers!r}"
-        raise TypeError(message) from None
+    if isinstance(num_workers, bool) or not hasattr(num_workers, "__index__"):
+        raise TypeError(f"num_workers must be an integer or None, got {num_workers!r}")
+    count = operator.index(num_workers)
     if count == 0:
         raise ValueError(
             "num_workers must not be 0: use -1 for all cores, or 1, 2, ..."
@@ -489,7 +504,18 @@ def _checked_num_workers(num_workers: int | None) -> int:
 
 
 def _is_number(value: Any, least: float) -> bool:
-    return isinstance(value, numbers.Real) and operator.ge(value, least)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and operator.ge(value, least)
+
+
+# What others call an option, or have and joblib has not, and what to use instead.
+_INSTEAD = {
+    **dict.fromkeys(("chunk_size", "chunksize"), "batch_size"),
+    **dict.fromkeys(
+        ("max_workers", "n_jobs", "num_worker", "processes", "workers"), "num_workers"
+    ),
+    "maxtasksperchild": "backend='loky', which replaces workers that have grown much",
+}
 
 
 # What joblib would notice late, or not at all, or report without naming the option.
@@ -523,7 +549,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
         ),
     ),
     "return_as": (
-        "'generator_unordered' or 'generator'",
+        "'generator_unordered' or 'generator' (to have a list, use list(...))",
         lambda value: value in ("generator_unordered", "generator"),
     ),
     "temp_folder": (
@@ -580,23 +606,23 @@ def _option_names(kind: Any, mixin: Any) -> tuple[frozenset[str], frozenset[str]
 
 def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
     """Raise an error if one of *options* is unknown, or known to be bad."""
-    if "n_jobs" in options:
-        raise TypeError(
-            f"n_jobs={options['n_jobs']!r} is not an option: use num_workers"
-        )
     kind: Any = type(backend)
     known, for_constructor = _option_names(kind, _mixin_for(backend))
     for name, value in options.items():
+        if name in _INSTEAD and name not in known:
+            message = f"{name}={value!r} is not an option: use {_INSTEAD[name]}"
+            raise TypeError(message)
         if name in for_constructor:
             raise TypeError(
                 f"{name}={value!r} is not an option of setup: put it into "
                 f"joblib.parallel_config(backend=..., {name}=...) around the call"
             )
         if name not in known:
-            expected = ", ".join(map(repr, sorted(known)))
-            raise TypeError(
-                f"unknown option {name}={value!r}: expected one of {expected}"
-            )
+            usual = sorted(known - {"backward_reducers", "forward_reducers", "prewarm"})
+            near = difflib.get_close_matches(name, [*usual, "num_workers"], 1)
+            expected = "".join(f"did you mean {word!r}? " for word in near)
+            expected += f"Expected one of {', '.join(map(repr, usual))}"
+            raise TypeError(f"unknown option {name}={value!r}: {expected}")
         expected, is_valid = _CHECKS.get(name, ("", lambda value: True))
         if not is_valid(value):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
@@ -668,8 +694,9 @@ def _register_ray() -> None:
 # What workers are sent.
 #
 # Workers never import this file. What they need of it are the functions nested in
-# `_worker_functions`, which travel by value: to the processes of loky and
-# multiprocessing once, as they start; to Dask and Ray with each batch.
+# `_worker_functions`, which travel by value, and refer to nothing of this module but
+# what it imports: to the processes of loky and multiprocessing once, as they start; to
+# Dask and Ray with each batch.
 
 # The name of the module that worker processes keep those functions in. It also keeps
 # the function of the run that the worker is serving.
@@ -693,10 +720,6 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
 
     def shown(value: Any) -> str:
         """Return a short text for *value*, whatever its own methods do."""
-        import contextlib
-        import reprlib
-        import threading
-
         texts = [f"<{type(value).__qualname__}>"]
         short = reprlib.Repr()
         short.maxstring = short.maxother = short.maxlong = 200
@@ -713,13 +736,6 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
 
     def pack(error: BaseException) -> Any:
         """Return *error* in a form that survives pickling: see `_unpacked_error`."""
-        import builtins
-        import contextlib
-        import pickle
-        import traceback
-
-        # Where it ships no types, or has stubs:
-        import joblib  # type: ignore[import-untyped, unused-ignore]
 
         def dump_by_value(value: Any) -> Any:
             wrapper = joblib.wrap_non_picklable_objects(value, keep_wrapper=False)
@@ -762,10 +778,6 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
 
     def function_of(key: str, payload: Any) -> Any:
         """Return the function of the run *key*; unpickle it once, and keep no other."""
-        import pickle
-        import sys
-        import types
-
         module: Any = sys.modules.setdefault(
             "_joblib_batches", types.ModuleType("_joblib_batches")
         )
@@ -774,58 +786,15 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
             if isinstance(payload, str):
                 with open(payload, "rb") as file:
                     module.function = pickle.load(file)
-            elif isinstance(payload, bytes):
-                module.function = pickle.loads(payload)
             else:
-                import ray  # type: ignore[import-not-found, unused-ignore]
-
-                module.function = pickle.loads(ray.get(payload))
+                if not isinstance(payload, bytes):
+                    payload = importlib.import_module("ray").get(payload)
+                module.function = pickle.loads(payload)
             module.key = key
         return module.function
 
-    def run_pickled(data: bytes) -> bytes:
-        """Run a batch in a process of loky or multiprocessing."""
-        import pickle
-        import sys
-
-        from joblib.externals.loky.backend.reduction import (  # type: ignore[import-untyped, unused-ignore]
-            dumps,
-        )
-
-        reducers = sys.modules["_joblib_batches"].reducers
-        try:
-            batch = pickle.loads(data)
-        except BaseException as error:
-            what = "a task or task_func cannot be unpickled in a worker"
-            failure = pickle.UnpicklingError(f"{what}: {error!r}")
-            failure.__cause__ = error
-            return bytes(dumps(([], (0, None, pack(failure)))))
-        (outcome,) = batch()
-        try:
-            return bytes(dumps(outcome, reducers=reducers))
-        except Exception:
-            results = outcome[0]
-            tasks = batch.items[0][1][1:]
-            for number, (task, result) in enumerate(zip(tasks, results)):
-                try:
-                    dumps(result, reducers=reducers)
-                except Exception as error:
-                    what = f"the result of a task cannot be pickled: {shown(result)}"
-                    unsent = pickle.PicklingError(f"{what}: {error!r}")
-                    unsent.__cause__ = error
-                    outcome = results[:number], (number, shown(task), pack(unsent))
-                    break
-            return bytes(dumps(outcome, reducers=reducers))
-
-    def prepare(announce: Any, payload: Any) -> None:
+    def prepare(announce: Any, prepared: Any) -> None:
         """Make a worker process ready, and announce that, or what went wrong."""
-        import os
-        import pickle
-        import signal
-        import sys
-        import traceback
-        import types
-
         # A fork inherits the program's handlers, which must not act here. An interrupt
         # at the terminal is for the program: it ends the run, and so this process.
         for number in signal.valid_signals():
@@ -836,13 +805,12 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         module: Any = types.ModuleType("_joblib_batches")
-        module.run_batch, module.run_pickled = run_batch, run_pickled
-        module.function_of = function_of
+        module.run_batch, module.function_of = run_batch, function_of
         sys.modules[module.__name__] = module
         try:
-            if isinstance(payload, bytes):
-                payload = pickle.loads(payload)
-            initializer, initargs, module.reducers = payload
+            if isinstance(prepared, bytes):
+                prepared = pickle.loads(prepared)
+            initializer, initargs = prepared
             if initializer is not None:
                 initializer(*initargs)
         except BaseException:
@@ -892,9 +860,21 @@ def _of_worker(name: str) -> _SentAs:
 
 
 _RUN_BATCH = _SentByValue(_IN_PROCESS.run_batch)
-_RUN_PICKLED = _of_worker("run_pickled")
 _FUNCTION_OF = _SentByValue(_IN_PROCESS.function_of)
 _PREPARE = _SentByValue(_IN_PROCESS.prepare)
+
+
+def _dumps(value: Any, reducers: Any = None) -> bytes:
+    """Pickle like joblib, which takes functions of the program and lambdas, too."""
+    return bytes(_loky("backend.reduction").dumps(value, reducers=reducers))
+
+
+def _pickled_function(task_func: Any, reducers: Any = None) -> bytes:
+    try:
+        return _dumps(task_func, reducers)
+    except Exception as error:
+        message = f"task_func cannot be pickled: {_shown(task_func)}: {error!r}"
+        raise pickle.PicklingError(message) from error
 
 
 def _set_cause(error: BaseException, text: str) -> None:
@@ -995,7 +975,7 @@ class _Failure:
 # nothing, but all that are out have to be kept in memory.
 _LARGEST_BATCH = 8192
 
-# Bytes that the tasks of a batch, or its results, may have when it grows.
+# Bytes of arrays in the tasks of a batch, beyond which it does not grow.
 _HEAVIEST_BATCH = 8_000_000
 
 # Seconds after which a wait looks whether there is still something to wait for. It is
@@ -1146,23 +1126,18 @@ class _Progress:
     def __init__(self, verbose: float, total: int | None) -> None:
         self.verbose = verbose
         self.total = total
-        self.done = self.shown = 0
+        self.done = 0
         self.start = time.monotonic()
 
     def add(self, count: int) -> None:
-        self.done += count
         # The lag between two messages grows with the square root of their number.
-        scale = 0.5 * (11 - min(self.verbose, 11)) ** 2 or 1
-        steps = [math.isqrt(int(n / scale)) for n in (self.shown, self.done)]
-        if self.verbose > 10 or steps[0] != steps[1] or self.done == self.total:
-            self.show()
-
-    def show(self) -> None:
-        self.shown = self.done
-        of = "" if self.total is None else f" out of {self.total:3d}"
-        seconds = time.monotonic() - self.start
+        scale = 0.5 * (11 - min(self.verbose, 10.5)) ** 2
+        before, self.done = self.done, self.done + count
+        steps = {math.isqrt(int(done / scale)) for done in (before, self.done)}
         stream = sys.stderr if self.verbose < 50 else sys.stdout
-        if stream is not None:
+        if stream and (len(steps) > 1 or self.verbose > 10 or self.done == self.total):
+            of = "" if self.total is None else f" out of {self.total:3d}"
+            seconds = time.monotonic() - self.start
             print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream, flush=True)
 
 
@@ -1271,11 +1246,12 @@ class _Run:
         return bool(self.out)
 
     def submit(self, tasks: list[Any]) -> None:
-        calls = joblib.parallel.BatchedCalls(tasks, self.nested)
+        report = _Report(self.inbox, next(self.numbers), tasks)
+        pickled = functools.partial(self.engine.note_pickling, report)
+        calls = joblib.parallel.BatchedCalls(tasks, self.nested, pickled)
         # One call a batch: a call a task takes several times longer to make, to send
         # and to unpickle.
         calls.items = [self.call(self.function, *tasks)]
-        report = _Report(self.inbox, next(self.numbers), tasks)
         first, self.drawn = self.drawn, self.drawn + len(tasks)
         batch = _Batch(first, len(tasks), time.time(), weakref.ref(report))
         self.out[report.number] = batch
@@ -1530,8 +1506,7 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     effective_batch_size = 1
     wanted_batch_size: int = 1  # by joblib's own reckoning
     last_duration: float = math.inf
-    task_weight: float = 0  # bytes, if known
-    result_weight: float = 0
+    task_weight: float = 0  # bytes of arrays in a task, if known
 
     @property
     def run_batch(self) -> Any:
@@ -1542,6 +1517,9 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     def send(self, task_func: Callable[[Any], Any]) -> Any:
         """Return what each batch carries as its function."""
         return task_func
+
+    def note_pickling(self, report: _Report) -> None:
+        """Take note, in a thread of the engine, that it begins to pickle a batch."""
 
     def separate_from(self, original: Any) -> None:
         """Give up what must not be shared with *original*, of which this is a copy."""
@@ -1555,6 +1533,8 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
             workers = 1
         if workers == 1:
             raise _OneWorker
+        if workers == 0:  # as joblib says it, of a cluster
+            raise RuntimeError(f"{type(self).__name__} has no active worker")
         self.workers = int(workers)
         return self.workers
 
@@ -1562,7 +1542,7 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
         """Return what run_batch returned for a batch, or raise the engine's error."""
         if isinstance(outcome, _Failure):
             raise outcome.error
-        ((results, failure),) = super().retrieve_result_callback(outcome)
+        ((results, failure),) = self.retrieve_result_callback(outcome)
         return results, failure
 
     def fault(self) -> Exception | None:
@@ -1579,8 +1559,8 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
             super().batch_completed(size, self.last_duration * size / before)
             self.wanted_batch_size = super().compute_batch_size()
         most = _LARGEST_BATCH
-        weight = max(self.task_weight, self.result_weight, _HEAVIEST_BATCH / most)
-        most = max(1, int(_HEAVIEST_BATCH / weight))
+        if self.task_weight * most > _HEAVIEST_BATCH:
+            most = max(1, int(_HEAVIEST_BATCH / self.task_weight))
         self.effective_batch_size = min(self.wanted_batch_size, most)
         return self.effective_batch_size
 
@@ -1641,8 +1621,8 @@ def _engine_like(backend: Any, inbox: _Inbox) -> Any:
 # A pickled function of more bytes is not sent with each batch, but put into a file.
 _LARGEST_INLINE_FUNCTION = 32_000
 
-# Seconds that a run which ends waits for workers that are only starting.
-_PATIENCE = 5
+# Seconds that a run which ends waits for each of what should take a moment.
+_PATIENCE = 3
 
 
 def _loky(module: str) -> Any:
@@ -1663,71 +1643,66 @@ def _pickle_main_by_value() -> None:
         cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
 
 
-class _Folder:
-    """The folder of a run, made when it is first needed."""
+class _Files:
+    """What a run puts into files: large arrays, as joblib does, and a heavy function.
 
-    def __init__(self, root: str | None) -> None:
-        self.root = root
-        self.made: str | None = None
-        self.tracker = _loky("backend.resource_tracker")
-        self.reducer = importlib.import_module("joblib._memmapping_reducer")
-        self.place = _private(self.reducer, "_get_temp_dir")
-
-    def path(self) -> str:
-        if self.made is None:
-            # joblib's own name, by which those who look for such folders find them.
-            name = f"joblib_memmapping_folder_{os.getpid()}_{uuid.uuid4().hex}"
-            path, _ = self.place(name, self.root)
-            os.makedirs(path, mode=0o700, exist_ok=True)
-            self.tracker.register(path, "folder")  # which removes it if we cannot
-            self.made = path
-        return self.made
-
-    def write(self, data: bytes) -> str:
-        file = os.path.join(self.path(), "task_func.pkl")
-        with open(file, "wb") as opened:
-            opened.write(data)
-        return file
-
-    def remove(self) -> None:
-        if self.made is not None:
-            shutil.rmtree(self.made, ignore_errors=True)
-            self.tracker.unregister(self.made, "folder")
-            self.made = None
-
-
-class _ArrayFiles:
-    """Reduces arrays like joblib, which puts large ones into files that workers map.
-
-    joblib keeps those files until the run ends. Here each goes with its array. joblib's
-    `dumps` calls it, in the consumer's thread.
+    joblib keeps the file of an array until the run ends; here each goes with its array.
+    They lie in a folder of the run, which is made when it is first needed. The instance
+    is called for each array, in the thread in which joblib's reducer would be.
     """
 
-    def __init__(self, reducer: Any, folder: _Folder) -> None:
-        self.reducer = reducer
-        self.folder = folder
+    def __init__(self, root: str | None, options: dict[str, Any]) -> None:
+        self.root = root
         self.process = os.getpid()
+        self.folder: str | None = None
+        self.tracker = _loky("backend.resource_tracker")
         self.drops: dict[str, Any] = {}  # finalizers of arrays, by their files
-        self.mapped: list[Any] = []  # arrays in files, and
-        self.weight = 0  # bytes of all arrays since these two were set back
+        self.held: list[Any] = []  # keeps the arrays that what is pickled has in files
+        self.weight = 0  # bytes of all arrays
+        module = importlib.import_module("joblib._memmapping_reducer")
+        self.place = _private(module, "_get_temp_dir")
+        self.reducers, self.result_reducers = _private(
+            module, "get_memmapping_reducers"
+        )(temp_folder_resolver=self.path, unlink_on_gc_collect=False, **options)
+        numpy = sys.modules.get("numpy")  # joblib has imported it, if there is one
+        if numpy is not None:
+            self.reduce = self.reducers[numpy.ndarray]
+            self.reducers[numpy.ndarray] = self.reducers[numpy.memmap] = self
+
+    def __reduce__(self) -> Any:
+        return dict, ()  # workers get it with loky's queue, but put nothing into that
+
+    def path(self) -> str:
+        """Return the folder."""
+        if self.folder is None:
+            # joblib's own name, by which those who look for such folders find them.
+            name = f"joblib_memmapping_folder_{self.process}_{uuid.uuid4().hex}"
+            self.folder, _ = self.place(name, self.root)
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            self.tracker.register(self.folder, "folder")  # removes it if we cannot
+        return cast(str, self.folder)
 
     def __call__(self, array: Any) -> Any:
-        try:
-            reduced = self.reducer(array)
-        except BaseException:
-            self.forget_what_was_begun()
-            raise
         self.weight += array.nbytes
+        try:
+            reduced = self.reduce(array)
+        except BaseException:
+            for name in os.listdir(self.folder) if self.folder else ():
+                if name.startswith(f"{self.process}-"):  # not that of the function
+                    self.adopt(array, os.path.join(cast(str, self.folder), name))
+            raise
         file = reduced[1][0]
-        if isinstance(file, str) and os.path.dirname(file) == self.folder.made:
-            self.mapped.append(array)
-            if file not in self.drops:
-                self.folder.tracker.unregister(
-                    file, "file"
-                )  # that of the folder will do
-                self.drops[file] = weakref.finalize(array, self.drop, file)
-                self.drops[file].atexit = False
+        if isinstance(file, str) and os.path.dirname(file) == self.folder:
+            self.adopt(array, file)
+            self.held.append(array)
         return reduced
+
+    def adopt(self, array: Any, file: str) -> None:
+        """Let a file that joblib has begun go with its array."""
+        if file not in self.drops:
+            self.tracker.unregister(file, "file")  # that of the folder will do
+            self.drops[file] = weakref.finalize(array, self.drop, file)
+            self.drops[file].atexit = False
 
     def drop(self, file: str) -> None:
         """Remove the file of an array that is no more."""
@@ -1735,18 +1710,12 @@ class _ArrayFiles:
             with contextlib.suppress(OSError):  # Windows, where a worker maps it
                 os.unlink(file)
 
-    def forget_what_was_begun(self) -> None:
-        """Take back what the reducer has said of a file that it could not write."""
-        folder = self.folder.made
-        for name in os.listdir(folder) if folder else ():
-            file = os.path.join(cast(str, folder), name)
-            if name.startswith(f"{self.process}-") and file not in self.drops:
-                self.folder.tracker.unregister(file, "file")
-                os.unlink(file)
-
     def close(self) -> None:
         while self.drops:
             self.drops.popitem()[1].detach()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.tracker.unregister(self.folder, "folder")
 
 
 class _Pool:
@@ -1757,15 +1726,23 @@ class _Pool:
     _kill_workers is called.
     """
 
-    def __init__(self, key: Any, workers: int, payload: Any, **options: Any) -> None:
+    def __init__(
+        self, key: Any, workers: int, prepared: Any, files: _Files, **options: Any
+    ) -> None:
         self.key = key  # of what another run must want to be served, too
         self.workers = workers
         self.starting = workers  # have not announced themselves
         self.complaint = ""  # of an initializer
         _occupy_standard_streams()
         self.announced, self.announce = multiprocessing.Pipe(duplex=False)
+        self.reducers: dict[Any, Any] = {}  # those of the run
         self.executor = _loky("process_executor").ProcessPoolExecutor(
-            workers, initializer=_PREPARE, initargs=(self.announce, payload), **options
+            workers,
+            job_reducers=self.reducers,
+            result_reducers=files.result_reducers,
+            initializer=_PREPARE,
+            initargs=(self.announce, prepared),
+            **options,
         )
         self.forks = options["context"] and options["context"].get_start_method()
         self.table = _private(self.executor, "_processes")
@@ -1775,22 +1752,21 @@ class _Pool:
     def processes(self) -> list[Any]:
         return list(self.table.values())
 
-    def submit(self, data: bytes) -> Future[bytes]:
+    def submit(self, calls: Any) -> Future[Any]:
         if self.manager is not None:
-            return self.executor.submit(_RUN_PICKLED, data)
+            return cast(Future[Any], self.executor.submit(calls))
         if self.forks == "fork":
             # Not in a thread of its own, since Python warns of forks beside threads.
-            with _interrupts_blocked():
-                return self.start(data)
+            return self.start(calls)
         # Workers that were interrupted as they start would print a traceback, or go
         # on for ever. No handler of a signal ever interrupts another thread.
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(self.start, data).result()
+            return thread.submit(self.start, calls).result()
 
-    def start(self, data: bytes) -> Future[bytes]:
+    def start(self, calls: Any) -> Future[Any]:
         """Submit the first batch, which starts the workers."""
         with _interrupts_blocked(), _standard_streams():
-            future: Future[bytes] = self.executor.submit(_RUN_PICKLED, data)
+            future = self.executor.submit(calls)
         _at_exit_before_loky(os.getpid())
         manager = _private(self.executor, "_executor_manager_thread")
         calls, results = (
@@ -1807,7 +1783,7 @@ class _Pool:
             _kill_workers, self.table, numbers, _private(calls, "_reader")
         )
         self.manager = manager
-        return future
+        return cast(Future[Any], future)
 
     def hear(self, seconds: float) -> bool:
         """Return whether all workers have announced themselves, or do so in time."""
@@ -1875,12 +1851,16 @@ class _Pool:
         _kill_trees(processes)
         for process in processes:
             process.join(timeout=1)
-        if self.manager is not None:
-            calls, results = self.queues
+        if self.manager is None:
+            return
+        self.manager.join(timeout=_PATIENCE)
+        calls, results = self.queues
+        if self.manager.is_alive():
+            _private(results, "_writer").close()  # now its pipe comes to an end
+            self.manager.join(timeout=_PATIENCE)
+        else:
             _private(calls, "_reader").close()
             calls.close()
-            _private(results, "_writer").close()
-            self.manager.join(timeout=_PATIENCE)
 
 
 _pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all that have not been collected
@@ -2004,14 +1984,14 @@ class _Processes(_Engine):
     """Gives each run workers of its own, by loky's executor.
 
     So a run has as many as it asked for, with its own initializer, and runs cannot
-    disturb each other. All pickling is done by the consumer's thread: what cannot be
-    pickled or unpickled is an error of its batch, and the weight of batches is known.
+    disturb each other.
     """
 
     more_options = frozenset(
         ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
     )
     pool: _Pool | None = None
+    tasks_sent = 0
     run_batch = _of_worker("run_batch")
 
     def configure(
@@ -2032,73 +2012,42 @@ class _Processes(_Engine):
             "idle_worker_timeout", 300
         )
         self.context = options.pop("context", None)
-        self.initializer = options.pop("initializer", None), options.pop("initargs", ())
-        self.folder = _Folder(options.pop("temp_folder", None))
-        get_reducers = _private(self.folder.reducer, "get_memmapping_reducers")
-        self.reducers, self.result_reducers = get_reducers(
-            temp_folder_resolver=self.folder.path, unlink_on_gc_collect=False, **options
-        )
-        numpy = sys.modules.get("numpy")  # joblib has imported it, if there is one
-        arrays = numpy and self.reducers[numpy.ndarray]
-        self.files = _ArrayFiles(arrays, self.folder)
-        if numpy is not None:
-            self.reducers[numpy.ndarray] = self.reducers[numpy.memmap] = self.files
+        self.prepared = options.pop("initializer", None), options.pop("initargs", ())
+        self.files = _Files(options.pop("temp_folder", None), options)
         _pickle_main_by_value()
         return workers
 
-    def dumps(self, value: Any) -> bytes:
-        self.files.mapped, self.files.weight = [], 0
-        return bytes(_loky("backend.reduction").dumps(value, reducers=self.reducers))
-
     def send(self, task_func: Callable[[Any], Any]) -> Any:
         """Pickle the function, once; each worker unpickles it once."""
-        try:
-            payload: Any = self.dumps(task_func)
-        except Exception as error:
-            message = f"task_func cannot be pickled: {_shown(task_func)}: {error!r}"
-            raise pickle.PicklingError(message) from error
-        self.arrays_of_function = self.files.mapped  # keeps their files
+        payload: Any = _pickled_function(task_func, self.files.reducers)
+        self.held, self.files.weight = self.files.held, 0
         if len(payload) > _LARGEST_INLINE_FUNCTION:
-            payload = self.folder.write(payload)
+            file = os.path.join(self.files.path(), "task_func.pkl")
+            with open(file, "wb") as opened:
+                opened.write(payload)
+            payload = file
         return _SentAs(_of_worker("function_of"), uuid.uuid4().hex, payload)
 
     def submit(self, func: Any, callback: Any = None) -> Any:
-        try:
-            data = self.dumps(func)
-        except Exception as error:
-            raise self.pickling_error(func, error) from error
-        self.task_weight = (len(data) + self.files.weight) / len(func)
         if self.pool is None:
             self.pool = self.find_pool()
-        job = self.pool.submit(data)
-        mapped = self.files.mapped  # whose files must stay until the batch is done
-        job.add_done_callback(lambda job, mapped=mapped: callback(job))
+            self.pool.reducers.clear()
+            self.pool.reducers.update(self.files.reducers)
+        self.tasks_sent += len(func)
+        job = self.pool.submit(func)
+        job.add_done_callback(callback)
         return job
 
-    def pickling_error(self, func: Any, error: Exception) -> Exception:
-        for task in func.items[0][1][1:]:
-            try:
-                self.dumps(task)
-            except Exception:
-                return pickle.PicklingError(
-                    f"a task cannot be pickled: {_shown(task)}: {error!r}"
-                )
-        return error
+    def note_pickling(self, report: _Report) -> None:
+        # The arrays stay until the batch has been reported, and so do their files, even
+        # if some were made only to be pickled.
+        self.files.held = report.tasks
+        self.task_weight = self.files.weight / self.tasks_sent
 
-    def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
-        if isinstance(outcome, _Failure):
-            raise outcome.error
-        error = outcome.exception()
-        if error is not None:
-            raise self.explained(error)
-        data = outcome.result()
-        try:
-            results, failure = pickle.loads(data)
-        except Exception as error:
-            message = f"a result cannot be unpickled: {error!r}"
-            raise pickle.UnpicklingError(message) from error
-        self.result_weight = len(data) / (len(results) or 1)
-        return results, failure
+    def retrieve_result_callback(self, out: Any) -> Any:
+        if out.exception() is not None:
+            raise self.explained(out.exception())
+        return out.result()
 
     def explained(self, error: BaseException) -> BaseException:
         """Return the error of a worker that died, with what is known of the reason."""
@@ -2132,30 +2081,26 @@ class _Processes(_Engine):
                 pool.keep()
         finally:
             self.files.close()
-            self.folder.remove()
             self.reset_batch_stats()
-
-    def prepared(self) -> bytes:
-        """Return what `prepare` is given in a worker, pickled."""
-        wanted = (*self.initializer, self.result_reducers)
-        try:
-            return bytes(_loky("backend.reduction").dumps(wanted))
-        except Exception as error:
-            message = f"initializer or initargs cannot be pickled: {error!r}"
-            raise pickle.PicklingError(message) from error
 
 
 class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
     """Keeps the workers of a run that ended well for the next that wants the same."""
 
     def find_pool(self) -> _Pool:
-        payload = self.prepared()
         env = _private(self, "_prepare_worker_env")(n_jobs=self.workers)
         options = {"timeout": self.idle_seconds, "env": env}
-        surroundings = dict(os.environ), os.getcwd(), list(sys.path)
-        key = self.workers, payload, options, surroundings
+        prepared, key = self.prepared, None
+        # What can be pickled only while a process is started, such as a lock, is not
+        # compared: those workers serve one run.
+        with contextlib.suppress(Exception):
+            prepared = _dumps(prepared)
+            environment = dict(os.environ)
+            environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
+            surroundings = environment, os.getcwd(), list(sys.path)
+            key = self.workers, prepared, options, surroundings
         return _take_pool(key) or _Pool(
-            key, self.workers, payload, context=None, **options
+            key, self.workers, prepared, self.files, context=None, **options
         )
 
 
@@ -2166,11 +2111,8 @@ class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # t
     """
 
     def find_pool(self) -> _Pool:
-        payload: Any = (*self.initializer, self.result_reducers)
-        if self.context.get_start_method() != "fork":
-            payload = self.prepared()
         options = {"timeout": self.idle_seconds, "context": self.context}
-        return _Pool(None, self.workers, payload, **options)
+        return _Pool(None, self.workers, self.prepared, self.files, **options)
 
 
 # ---- Dask and Ray --------------------------------------------------------------------
@@ -2184,8 +2126,7 @@ class _Scattered(_SentByValue):
 
     @functools.cached_property
     def reduced(self) -> Any:
-        data = bytes(_loky("backend.reduction").dumps(self.func))
-        return pickle.loads, (data,)
+        return pickle.loads, (_pickled_function(self.func),)
 
     def __sizeof__(self) -> int:
         return len(self.reduced[1][0])
@@ -2199,7 +2140,9 @@ class _Dask(_Engine):
     """
 
     def send(self, task_func: Callable[[Any], Any]) -> Any:
-        return _Scattered(task_func)
+        scattered = _Scattered(task_func)
+        scattered.__reduce__()  # in the consumer's thread, so that an error is named
+        return scattered
 
     def separate_from(self, original: Any) -> None:
         # What it keeps of its calls must not be shared; what was scattered may be.
@@ -2269,6 +2212,5 @@ class _Ray(_Engine):
     """Puts the function into Ray's store once a run; each worker unpickles it once."""
 
     def send(self, task_func: Callable[[Any], Any]) -> Any:
-        data = bytes(_loky("backend.reduction").dumps(task_func))
-        stored = importlib.import_module("ray").put(data)
+        stored = importlib.import_module("ray").put(_pickled_function(task_func))
         return _SentAs(_FUNCTION_OF, uuid.uuid4().hex, stored)

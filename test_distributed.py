@@ -706,9 +706,10 @@ def test_a_run_that_is_left_stops_though_others_go_on(processes, tmp_path):
     (tmp_path / "pids").mkdir()
     other = processes(eval, [value(0), await_path(tmp_path / "go", 1)])
     received = [next(other)]
-    with pytest.raises(TimeoutError):
-        next(processes(eval, [block(tmp_path / "pids")] * 9, timeout=1))
-    assert pids_in(tmp_path / "pids")
+    left = processes(eval, [value(0), *[block(tmp_path / "pids")] * 9])
+    assert next(left) == 0
+    wait_until(lambda: pids_in(tmp_path / "pids"))
+    left.close()
     assert not any(map(is_alive, pids_in(tmp_path / "pids")))
     (tmp_path / "go").touch()
     assert [*received, *other] == [0, 1]
@@ -967,6 +968,7 @@ def test_the_fault_of_a_run_is_its_own(processes, fault):
 
 
 def test_timeout(setup, tmp_path):
+    list(setup(abs, range(9)))  # the start of the workers would count
     tasks = [value(1), value(2), await_path(tmp_path / "go")]
     received, error = collect(setup(eval, tasks, timeout=1), Exception)
     (tmp_path / "go").touch()
@@ -978,9 +980,9 @@ def test_timeout(setup, tmp_path):
 
 
 def test_timeout_is_for_the_wait_not_for_the_run(setup, tmp_path):
-    # Each task ends half a second after the one before. Only one that never ends takes longer.
-    tasks = [f"(__import__('time').sleep(0.5), {task})[1]" for task in range(4)]
-    assert sorted(setup(eval, tasks, timeout=1.5, batch_size=1)) == [0, 1, 2, 3]
+    list(setup(abs, range(9)))  # the start of the workers would count
+    tasks = [f"(__import__('time').sleep(0.5), {task})[1]" for task in range(12)]
+    assert sorted(setup(eval, tasks, timeout=2, batch_size=1)) == list(range(12))
 
 
 def test_timeout_of_nothing_and_of_more_than_a_life(setup, tmp_path):
@@ -1141,7 +1143,7 @@ class Silent(joblib.parallel.ThreadingBackend):
         (
             ValueError,
             {"return_as": "list"},
-            "'generator_unordered' or 'generator', got 'list'",
+            "'generator' (to have a list, use list(...)), got 'list'",
         ),
         (ValueError, {"return_as": None}, "return_as must be"),
         (ValueError, {"timeout": -1}, "timeout must be a number of seconds"),
@@ -1178,7 +1180,31 @@ class Silent(joblib.parallel.ThreadingBackend):
             {"inner_max_num_threads": 1},
             "put it into joblib.parallel_config(backend=..., inner_max_num_threads=...)",
         ),
-        (TypeError, {"bacth_size": 1}, "unknown option bacth_size=1: expected one of"),
+        (
+            TypeError,
+            {"bacth_size": 1},
+            "option bacth_size=1: did you mean 'batch_size'?",
+        ),
+        (
+            TypeError,
+            {"nonsense": 1},
+            "nonsense=1: Expected one of 'backend', 'batch_size'",
+        ),
+        *[
+            (TypeError, {name: 1}, f"{name}=1 is not an option: use num_workers")
+            for name in ("num_worker", "workers", "max_workers", "processes")
+        ],
+        (TypeError, {"chunksize": 9}, "chunksize=9 is not an option: use batch_size"),
+        (TypeError, {"chunk_size": 9}, "chunk_size=9 is not an option: use batch_size"),
+        (
+            TypeError,
+            {"backend": "multiprocessing", "maxtasksperchild": 9},
+            "maxtasksperchild=9 is not an option: use backend='loky'",
+        ),
+        (TypeError, {"num_workers": True}, "num_workers must be an integer or None"),
+        (ValueError, {"timeout": True}, "timeout must be a number of seconds"),
+        (TypeError, {"task_func": lambda x, y: 0}, "use lambda task: f(*task)"),
+        (TypeError, {"task_func": pow}, "task_func must take one argument"),
     ],
 )
 def test_bad_input_is_met_at_once(error, arguments, message):
