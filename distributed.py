@@ -1,8 +1,8 @@
 """Run a function over many tasks: one by one, on all cores, or on a cluster.
 
 This file is meant to be copied: it needs Python 3.10 or newer, joblib 1.5 or newer and
-nothing else. `__version__`, below, tells whether there is a newer one where it comes
-from.
+nothing else. `__version__` and `__source__`, below, tell whether there is a newer one
+where it comes from.
 
 A backend is picked by name. Whichever it is, results come from a generator:
 
@@ -80,6 +80,7 @@ else:
 
 __all__ = ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
 __version__ = "2.0.0"
+__source__ = ""  # where newer ones are to be found; for its owner to fill in
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -201,7 +202,11 @@ class SingleProcess(DistributedBackend):
         Raises
         ------
         TypeError
-            At once, if *task_func* is not callable or *tasks* is not iterable.
+            At once, if *task_func* cannot be called with one argument, or *tasks* is
+            not iterable.
+        Exception
+            From the generator: what *task_func* raised, with a note that tells the
+            number of the task and shows it (Python 3.11 and newer).
         RuntimeError
             From the generator, if *task_func* raises `StopIteration`, which becomes its
             cause: out of a generator it would look like the end of the results.
@@ -225,10 +230,10 @@ class Joblib(DistributedBackend):
 
     *Lazy.* Nothing is drawn or started before the first result is asked for.
 
-    *Bounded.* At most *pre_dispatch* batches, and as many more as there are workers,
-    have been drawn beyond the results handed out, however slow the consumer and however
-    many tasks there are. With ``batch_size=1`` and a small *pre_dispatch*, tasks can
-    depend on earlier results.
+    *Bounded.* Of single tasks (``batch_size=1``), no more than *pre_dispatch* have been
+    drawn beyond the results handed out, however slow the consumer and however many
+    tasks there are; so tasks can depend on earlier results. Of larger batches,
+    *pre_dispatch* are out, and as many more as there are workers may have been drawn.
 
     >>> def tasks():
     ...     for task in itertools.count():
@@ -241,9 +246,10 @@ class Joblib(DistributedBackend):
     drawing 2
     drawing 3
 
-    *Ends cleanly.* Closing the generator ends the run, as do ``break``, ``del``, an
-    error and leaving the interpreter. What is queued is dropped, workers that are busy
-    with the run are stopped, and nothing is printed or warned of.
+    *Ends cleanly.* Closing the generator ends the run, as do ``break`` in a loop that
+    holds its only reference, ``del``, an error and leaving the interpreter. No further
+    task begins. Worker processes that are busy are killed, with all programs that their
+    tasks have started; nothing is printed or warned of, and no file is left.
 
     >>> results.close()
     >>> list(results)
@@ -260,8 +266,13 @@ class Joblib(DistributedBackend):
     >>> sorted(Joblib.setup(str, absolute, num_workers=2))
     ['1', '2', '3']
 
-    *Independent.* A run that fails, times out or is closed does not disturb another
-    run.
+    *Independent.* Each run of processes has workers of its own, as many as it asks for,
+    with its own *initializer*. A run that fails, loses a worker, times out or is closed
+    does not disturb another, nor a plain `joblib.Parallel`.
+
+    *Kept warm.* loky's workers that are idle when a run ends well are kept for the next
+    that wants the same: the same number, *initializer*, environment variables, current
+    directory and `sys.path`. At most three sets of workers are kept, none in a fork.
 
     *Nothing is lost.* Whatever results were received before an error are handed out
     first. An error of a task costs no earlier result of its batch (later tasks of it
@@ -279,37 +290,30 @@ class Joblib(DistributedBackend):
     Traceback (most recent call last):
     LookupError: no more tasks
 
-    *No hang.* A worker process that dies is an error, and so is the death of the thread
-    that manages loky's workers. To use loky, or the fork server of `multiprocessing`,
-    in a fork of a process that has used it is a `RuntimeError`.
+    *No hang.* A worker process that dies is an error, also in the middle of a result.
 
-    *Self-contained.* Workers are sent one function of this module, by value. They
+    *Forks and children.* Runs can be started in a fork, and in a child process of
+    `multiprocessing`, however it is started; the child ends when it is done. To read on
+    a run of the parent in a fork is a `RuntimeError`.
+
+    *Self-contained.* Workers are sent a few functions of this module, by value. They
     import the module only if that of *task_func* does.
 
     Not promised:
 
-    - loky has one pool of workers for a process. While one run has work in it, another
-      run that starts shares the pool as it is, with the number of workers,
-      *initializer* and memory-mapping options of the first. Of a run that is left then,
-      up to two batches a worker go on until the other runs have ended; if they are
-      stuck, only a *timeout* of the others ends the wait. A worker that dies, or a task
-      or result that cannot be unpickled, is an error in every run that has work in the
-      pool.
-    - Whoever else uses loky through `joblib.Parallel` shares the pool, too: its failure
-      is an error here, and the other way round. If it asks for another number of
-      workers in another thread, both can wait for each other for ever, as two of its
-      kind can. To leave a run here may stop its work, and loky may print a traceback
-      then. When the main thread has ended, the pool takes no more tasks.
     - Threads cannot be stopped: what they are busy with goes on in the background. The
       same is true of Dask's workers, which are threads.
-    - With `multiprocessing`, a worker's death is noticed within about a second, and
-      only when no other task completes; with *maxtasksperchild*, only if its exit code
-      is not 0. An interrupt while it starts may leave workers.
-    - Of a batch with a result that cannot be pickled, or a task that raises what is no
-      `Exception`, such as `SystemExit`, no result arrives. With
-      ``return_as="generator"``, results behind one that is missing are lost with it.
+    - Of a batch with a task or a result that cannot be pickled or unpickled, no result
+      arrives. With ``return_as="generator"``, results behind one that is missing are
+      lost with it.
+    - A program that a task has started is found by its parents: if all of these have
+      ended, or a worker has died before the run was left, it goes on. Where neither
+      ``/proc`` nor ``ps`` tells who the parents are, so do all.
+    - An array that is changed during a run may arrive as it was when it was first sent.
     - To close a run in a thread that is not the last to have read it does not wait for
       its workers to stop; elsewhere, that wait ends after 10 seconds.
+    - If the program itself is killed, its workers finish what has been sent to them, and
+      leave when they have been idle for *idle_worker_timeout*.
     - An error of *tasks* that is no `Exception`, such as `KeyboardInterrupt`, is raised
       at once.
     """
@@ -342,9 +346,14 @@ class Joblib(DistributedBackend):
         Parameters
         ----------
         task_func : Callable[[T], R]
-            The function to run; it is called with one task. Worker processes are sent
-            it, the tasks and the results: all must be picklable, on most backends by
-            cloudpickle, which takes lambdas and functions of ``__main__``, too.
+            The function to run; it is called with one task. It may be a method of
+            something large. Worker processes are sent it, the tasks and the results:
+            all must be picklable, by cloudpickle, which takes lambdas and functions of
+            the program, too. The function is pickled as it is when the run starts, and
+            once; each worker keeps one copy for the run. So what a call leaves on it (a
+            compiled solver, a cache) is there for the worker's next call. The same is
+            true of a generator of random numbers: each worker starts with the same copy
+            of it, so put seeds into the tasks. In threads, it is the object itself.
         tasks : Iterable[T]
             The tasks; an iterator, as the interface has it, or any other iterable.
         num_workers : int, optional
@@ -371,14 +380,24 @@ class Joblib(DistributedBackend):
                 worker.
             batch_size : int or "auto", default "auto"
                 Tasks sent to a worker at once. "auto" starts with 1 and grows for as
-                long as a batch is out and read within 0.2 seconds, up to 8192.
+                long as a batch is out and read within 0.2 seconds, up to 8192; with
+                worker processes, also for as long as the arrays in a batch have no more
+                than 8 MB.
             pre_dispatch : int or str, default "2 * n_jobs"
-                How far to work ahead: tasks drawn at first, and the most batches that
-                are out later; a number, a formula, or "all", which lifts the bound.
+                The most batches that are out at a time, being worked on or waiting for
+                a worker; a number, a formula, or "all", which lifts the bound.
             initializer, initargs : callable and tuple, optional
                 Called in each worker process of "loky" or "multiprocessing" as it
-                starts.
-            prefer, require, verbose, temp_folder, max_nbytes, mmap_mode
+                starts. A function of the program travels by value: what it assigns to
+                global variables is not seen by *task_func*. Keep that in a module.
+            verbose : int, default 0
+                Print how many tasks are done; the more often, the larger it is.
+            max_nbytes, mmap_mode, temp_folder
+                As in joblib: arrays of more than 1 MB reach worker processes in files
+                that they map into memory, read-only. ``max_nbytes=None`` sends copies,
+                ``mmap_mode="c"`` lets a task change its own view. The file of an array
+                that the program has let go is removed when its batch has been read.
+            prefer, require
                 As in joblib.
 
             Also what else the backend takes from `joblib.Parallel`, such as loky's
@@ -400,16 +419,21 @@ class Joblib(DistributedBackend):
             is missing or hidden; the message names the argument and shows the value. If
             a formula of *pre_dispatch* comes to 0 for the workers that turn up, it is
             raised from the generator.
+        pickle.PicklingError
+            From the generator, if *task_func*, a task or a result cannot be pickled.
         TimeoutError
             From the generator, after *timeout*; also a `multiprocessing.TimeoutError`.
+            It says how many tasks are out, and which has been out for longest.
         concurrent.futures.BrokenExecutor
-            From the generator, if a worker process of loky or `multiprocessing` dies.
-            Of Dask, it is a ``KilledWorker``; of Ray, a ``RayActorError``.
+            From the generator, if a worker process of loky or `multiprocessing` dies,
+            or a task or result cannot be unpickled; its cause says what is known. Of
+            Dask, it is a ``KilledWorker``; of Ray, a ``RayActorError``.
         Exception
             From the generator: what *tasks* raised, as it is; or what a task raised,
-            with the text of the worker's traceback as its cause. If it cannot be
-            pickled, it is put together again without its ``__init__``, or else is a
-            `RuntimeError` that shows it, as a `StopIteration` always is.
+            with a note that tells the number of the task and shows it (Python 3.11 and
+            newer), and with the text of the worker's traceback as its cause. If it
+            cannot be pickled, it is put together again without its ``__init__``, or
+            else is a `RuntimeError` that shows it, as a `StopIteration` always is.
         """
         source = _Source(task_func, tasks)
         return _results(_Run(num_workers, kwargs), source)
@@ -2111,6 +2135,9 @@ class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # t
     """
 
     def find_pool(self) -> _Pool:
+        if _inherited and self.context.get_start_method() == "forkserver":
+            # The server is a child of the parent, and no use to a fork.
+            self.context = multiprocessing.get_context("spawn")
         options = {"timeout": self.idle_seconds, "context": self.context}
         return _Pool(None, self.workers, self.prepared, self.files, **options)
 
