@@ -1453,6 +1453,8 @@ def _at_exit_before_loky(process: int) -> None:
     """
     multiprocessing.util.Finalize(None, _at_exit, exitpriority=100)
     _private(threading, "_register_atexit")(_at_exit)
+    _private(multiprocessing.process, "_children")  # which a fork will need
+    _private(_loky("process_executor"), "_threads_wakeups")
     # It means to register its own once, and does so again for each executor, since what
     # it remembers is None (joblib 1.5.0 to 1.6.0). They would come before ours.
     _loky("process_executor").process_pool_executor_at_exit = _at_exit
@@ -1467,6 +1469,8 @@ def _disown_runs_of_parent() -> None:
     # Python would stop the parent's worker processes, or fail to wait for them.
     ours = {process for pool in _pools for process in pool.processes()}
     _private(multiprocessing.process, "_children").difference_update(ours)
+    if ours:  # or loky may wait for a lock that a thread of the parent had
+        _private(_loky("process_executor"), "_threads_wakeups").clear()
     _open_runs, _idle_pools, _most_idle = set(), [], 0
     _pools.clear()
 
@@ -2015,7 +2019,8 @@ class _Processes(_Engine):
         ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
     )
     pool: _Pool | None = None
-    tasks_sent = 0
+    files: _Files | None = None
+    tasks_pickled = 0
     run_batch = _of_worker("run_batch")
 
     def configure(
@@ -2057,7 +2062,6 @@ class _Processes(_Engine):
             self.pool = self.find_pool()
             self.pool.reducers.clear()
             self.pool.reducers.update(self.files.reducers)
-        self.tasks_sent += len(func)
         job = self.pool.submit(func)
         job.add_done_callback(callback)
         return job
@@ -2066,7 +2070,8 @@ class _Processes(_Engine):
         # The arrays stay until the batch has been reported, and so do their files, even
         # if some were made only to be pickled.
         self.files.held = report.tasks
-        self.task_weight = self.files.weight / self.tasks_sent
+        self.task_weight = self.files.weight / (self.tasks_pickled or 1)
+        self.tasks_pickled += len(report.tasks)
 
     def retrieve_result_callback(self, out: Any) -> Any:
         if out.exception() is not None:
@@ -2076,13 +2081,14 @@ class _Processes(_Engine):
     def explained(self, error: BaseException) -> BaseException:
         """Return the error of a worker that died, with what is known of the reason."""
         pool = cast(_Pool, self.pool)
-        if not isinstance(error, BrokenExecutor) or pool.hear(0):
-            return error
+        pool.hear(0)
         names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
         hidden = ", ".join(filter(os.path.exists, names))
+        if not isinstance(error, BrokenExecutor):
+            return error
         if pool.complaint:
             _set_cause(error, pool.complaint.strip())
-        elif hidden:
+        elif pool.starting and hidden:
             _set_cause(
                 error,
                 "A worker could not start. In the current directory, these files hide "
@@ -2104,7 +2110,8 @@ class _Processes(_Engine):
             if pool is not None:
                 pool.keep()
         finally:
-            self.files.close()
+            if self.files is not None:
+                self.files.close()
             self.reset_batch_stats()
 
 

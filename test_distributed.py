@@ -54,6 +54,10 @@ sys.modules[spec.name] = distributed
 spec.loader.exec_module(distributed)
 Joblib, SingleProcess = distributed.Joblib, distributed.SingleProcess
 
+# A shell that starts the tests in the background may have them ignore interrupts, and what
+# they start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 pytestmark = [
     # CPython's advice, on each fork of multiprocessing, to a process that has threads.
     pytest.mark.filterwarnings(
@@ -595,6 +599,187 @@ def test_runs_with_other_options_overlap(tmp_path):
         for run in runs:
             next(run)
     assert [len(list(run)) for run in runs] == [90] * 4
+
+
+def pids_of(**options):
+    tasks = [f"(__import__('time').sleep(0.02), {PID})[1]"] * 20
+    return set(Joblib.setup(eval, tasks, num_workers=2, batch_size=1, **options))
+
+
+def test_idle_workers_are_kept_for_the_next_run():
+    Joblib.shutdown()
+    pids = pids_of()
+    assert pids_of(max_nbytes=None, temp_folder="/tmp") == pids
+    assert pids_of(initializer=exec, initargs=("",)).isdisjoint(pids)
+    assert pids_of() == pids
+    assert set(map(is_alive, pids)) == {True}
+    Joblib.shutdown()
+    assert set(map(is_alive, pids)) == {False}
+    assert pids_of().isdisjoint(pids)
+
+
+def test_idle_workers_are_kept_across_nested_loops_and_chains():
+    def pid(task):
+        time.sleep(0.01)
+        return task, os.getpid()
+
+    setup = functools.partial(Joblib.setup, pid, num_workers=2, batch_size=1)
+    Joblib.shutdown()
+    inner = [{pid for _, pid in setup(range(20))} for _ in setup(range(5))]
+    assert inner == inner[:1] * 5
+    chains = [{item for item in next(setup(setup(range(9))))} for _ in range(3)]
+    assert chains
+    assert len(distributed._idle_pools) <= 3
+
+
+@pytest.mark.parametrize("change", ["environment", "directory", "path"])
+def test_workers_are_not_kept_for_other_surroundings(monkeypatch, tmp_path, change):
+    seen = "__import__('os').environ.get('LEVEL'), __import__('os').getcwd(), __import__('sys').path[-1]"
+    assert len(set(Joblib.setup(eval, [seen] * 9, num_workers=2))) == 1
+    monkeypatch.setenv("LEVEL", "2") if change == "environment" else None
+    monkeypatch.chdir(tmp_path) if change == "directory" else None
+    monkeypatch.setattr(
+        sys, "path", [*sys.path, str(tmp_path)]
+    ) if change == "path" else None
+    expected = (os.environ.get("LEVEL"), os.getcwd(), sys.path[-1])
+    assert set(Joblib.setup(eval, [seen] * 9, num_workers=2)) == {expected}
+
+
+def test_a_directory_that_is_gone_after_a_short_run(program, tmp_path):
+    source = """
+        import os, tempfile
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            root = os.getcwd()
+            for _ in range(3):
+                with tempfile.TemporaryDirectory() as folder:
+                    os.chdir(folder)
+                    assert list(Joblib.setup(abs, [-1], num_workers=4)) == [1]
+                    os.chdir(root)
+    """
+    assert output_of(program(source)) == ""
+
+
+def test_an_idle_worker_that_dies_is_replaced():
+    for number in (9, 15):
+        for pid in (pids := pids_of()):
+            os.kill(pid, number)
+        wait_until(
+            lambda: pids.isdisjoint(p.pid for p in multiprocessing.active_children())
+        )
+        assert pids_of().isdisjoint(pids)
+
+
+def test_runs_leave_nothing(program):
+    source = """
+        import collections, gc, os, sys
+        from yourpackage.distributed import Joblib
+
+        def count():
+            gc.collect()
+            kinds = collections.Counter(type(item).__name__ for item in gc.get_objects())
+            ours = {name: kinds[name] for name in ("_Run", "_Pool", "_Files", "_Source", "Parallel")}
+            own = [name for name in os.listdir("/dev/shm") if str(os.getpid()) in name]
+            return ours, len(os.listdir("/proc/self/fd")), len(own)
+
+        if __name__ == "__main__":
+            backend = sys.argv[1]
+            options = {"backend": backend, "max_nbytes": 10}
+            def run():
+                numpy = __import__("numpy")
+                arrays = [numpy.zeros(99) for _ in range(9)]
+                assert sum(Joblib.setup(numpy.sum, arrays, 2, **options)) == 0
+                for _ in Joblib.setup(numpy.sum, arrays * 9, 2, batch_size=1, **options):
+                    break
+                assert len(list(Joblib.setup(abs, range(9), 2, **options))) == 9
+            run()
+            before = count()
+            for _ in range(8):
+                run()
+            after = count()
+            print(after == before or (before, after))
+    """
+    for backend in ("loky", "multiprocessing"):
+        assert output_of(program(source, backend)) == "True\n"
+
+
+PROGRAMS = """
+    import subprocess, sys, time
+    from yourpackage.distributed import Joblib
+
+    def solve(task):
+        with open("begun.txt", "a") as file:
+            print(task, file=file)
+        sleep = ["sleep", sys.argv[1]]
+        programs = [subprocess.Popen(sleep) for _ in range(5)]
+        shell = ["sh", "-c", f"sleep {sys.argv[1]} & sleep {sys.argv[1]}"]
+        subprocess.__dict__.setdefault("kept", []).extend([*programs, subprocess.Popen(shell)])
+        programs[0].wait()
+
+    if __name__ == "__main__":
+        results = Joblib.setup(solve, range(8), 2, batch_size=1, timeout=3, backend=sys.argv[2])
+        try:
+            list(results)
+        except TimeoutError:
+            with open("begun.txt") as file:
+                print(sorted(map(int, file)))
+"""
+
+
+@pytest.fixture(params=["pgrep", "no pgrep"])
+def leaving(request, program, tmp_path, monkeypatch):
+    """Like `program`, also where there is neither pgrep nor psutil."""
+    if request.param == "no pgrep":
+        (tmp_path / "psutil.py").write_text("raise ImportError")
+        (tmp_path / "bin").mkdir()
+        for name in ("sleep", "sh"):
+            (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return program
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_programs_that_tasks_have_started_end_with_the_run(leaving, backend):
+    seconds = f"{3600 + random.random():.6f}"
+    assert output_of(leaving(PROGRAMS, seconds, backend)) == "[0, 1]\n"
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            commands.append(path.read_bytes())
+    assert not any(seconds.encode() in command for command in commands)
+
+
+def test_where_there_is_no_proc_ps_tells_who_has_started_what(monkeypatch):
+    expected = dict(distributed._parents())
+    exists = os.path.exists
+    monkeypatch.setattr(
+        os.path, "exists", lambda path: path != "/proc/self/stat" and exists(path)
+    )
+    told = dict(distributed._parents())
+    assert told[os.getpid()] == expected[os.getpid()] == os.getppid()
+
+
+@pytest.mark.parametrize("name", distributed._PRIVATE_NAMES)
+def test_a_private_name_that_has_vanished_is_a_clear_error(program, name):
+    source = """
+        import sys
+        from yourpackage import distributed
+
+        def hide(owner, name, *default):
+            if name == sys.argv[1]:
+                raise AttributeError(name)
+            return getattr(owner, name, *default)
+
+        if __name__ == "__main__":
+            distributed.getattr = hide
+            try:
+                print(list(distributed.Joblib.setup(abs, range(99), 2, return_as="generator")))
+            except RuntimeError as error:
+                print(error)
+    """
+    output = output_of(program(source, name))
+    assert output.startswith(f"{name}, which is needed "), output
 
 
 def test_a_run_can_be_read_by_one_thread_after_another(setup):
@@ -1584,6 +1769,330 @@ def test_an_initializer_prepares_each_worker(backend):
 
 
 # ------------------------------------------------------------------------------------------------
+# What a sweep sends: a function with much in it, arrays
+
+
+class Model:
+    """Counts how often it is pickled; what a worker does is told by its results."""
+
+    pickled = 0
+
+    def __init__(self, data=None):
+        self.data = data
+        self.calls = 0
+
+    def __getstate__(self):
+        type(self).pickled += 1
+        return vars(self)
+
+    def objective(self, task):
+        time.sleep(0.002)
+        self.calls += 1
+        return os.getpid(), self.calls, task, self.data
+
+
+@pytest.fixture(params=["loky", "multiprocessing", *CLUSTERS])
+def remembering(request):
+    """`Joblib.setup` on backends whose workers are sent the function once."""
+    return start(request, request.param)
+
+
+def by_value(cls):
+    """Return the class as if it were of the program: it travels by value."""
+    names = {"__name__": "__main__", "os": os, "time": time}
+    eval(compile(inspect.getsource(cls), "<by value>", "exec"), names)
+    return names[cls.__name__]
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_the_function_is_sent_once(remembering, size, batch_size):
+    model = by_value(Model)("x" * size)
+    for data in (model.data, "changed between two runs"):
+        model.data, pickled = data, type(model).pickled
+        results = list(remembering(model.objective, range(60), batch_size=batch_size))
+        assert type(model).pickled == pickled + 1
+        assert sorted(task for _, _, task, _ in results) == list(range(60))
+        assert {seen for *_, seen in results} == {data}
+        if remembering.keywords["backend"] != "dask":  # pickled again by each worker
+            for pid in {pid for pid, *_ in results}:
+                calls = sorted(calls for other, calls, *_ in results if other == pid)
+                assert calls == list(range(1, len(calls) + 1))
+
+
+def test_two_runs_do_not_mix_up_their_functions(remembering):
+    model = by_value(Model)
+    one, two = (remembering(model(data).objective, range(40)) for data in "ab")
+    pairs = list(zip(one, two, strict=True))
+    assert {(a[3], b[3]) for a, b in pairs} == {("a", "b")}
+
+
+class Unwilling:
+    def __getstate__(self):
+        return {}[self.key]
+
+    key = "stays here"
+
+    def call(self, task):
+        return task
+
+
+def test_a_function_that_cannot_be_pickled_is_named(remembering):
+    function = by_value(Unwilling)().call
+    _, error = collect(remembering(function, [1]), Exception)
+    assert type(error) is pickle.PicklingError
+    assert "task_func cannot be pickled: " in str(error)
+    assert "Unwilling" in str(error)
+    assert isinstance(error.__cause__, KeyError)
+    assert "__getstate__" in "".join(traceback.format_tb(error.__cause__.__traceback__))
+
+
+class Unwelcome:
+    def __setstate__(self, state):
+        raise KeyError("not here")
+
+    def __getstate__(self):
+        return {"key": 1}
+
+    def call(self, task):
+        return task
+
+
+def test_a_function_that_cannot_be_unpickled_is_shown(processes):
+    _, error = collect(processes(by_value(Unwelcome)().call, [1]), Exception)
+    shown = "".join(traceback.format_exception(error))
+    assert "__setstate__" in shown
+    assert "not here" in shown
+    assert sorted(processes(abs, range(9))) == list(range(9))
+
+
+def test_what_is_large_in_a_function_lies_in_the_folder_of_the_run(processes, tmp_path):
+    model = by_value(Model)((numpy.zeros(300_000), "x" * 100_000))
+    results = processes(model.objective, range(20), temp_folder=str(tmp_path))
+    *_, (array, _) = next(results)
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name == "task_func.pkl" for path in folder.iterdir()) == [
+        False,
+        True,
+    ]
+    assert array.shape == (300_000,)
+    results.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def bytes_in(folder):
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def test_arrays_leave_when_they_have_been_used(processes, tmp_path):
+    arrays = (numpy.full(250_000, task) for task in range(120))
+    options = {"batch_size": 1, "temp_folder": str(tmp_path)}
+    most = count = 0
+    for result in processes(numpy.mean, arrays, **options):
+        most, count = max(most, bytes_in(tmp_path)), count + result
+    assert count == sum(range(120))
+    assert most <= 8 * 2_001_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_in_many_tasks_is_written_once(processes, tmp_path):
+    array = numpy.zeros(300_000)
+    options = {"batch_size": 1, "temp_folder": str(tmp_path)}
+    for value in (1, 2):  # changed between two runs, it is sent anew
+        array[:] = value
+        results = processes(numpy.mean, [array] * 30, **options)
+        received = [next(results) for _ in range(20)]
+        (folder,) = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) == 1
+        assert [*received, *results] == [value] * 30
+
+
+class MakesArrays:
+    """Its array is there only while it is being pickled."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def __reduce__(self):
+        return list, ((numpy.full(300_000, self.task),),)
+
+
+def test_an_array_that_is_made_to_be_pickled_arrives(processes):
+    tasks = map(MakesArrays, range(30))
+    results = processes(lambda arrays: arrays[0].mean(), tasks, batch_size=1)
+    assert sorted(results) == list(range(30))
+
+
+def test_batches_of_heavy_tasks_do_not_grow(tmp_path):
+    CountingLoky.submitted.clear()
+    tasks = (numpy.zeros(125_000) for _ in range(200))  # 1 MB each
+    assert sum(Joblib.setup(numpy.sum, tasks, 2, backend=CountingLoky())) == 0
+    assert max(CountingLoky.submitted) <= 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a device that is full")
+def test_a_folder_that_is_full_is_an_error(program):
+    pytest.importorskip("numpy")
+    source = """
+        import numpy, os, sys
+        from yourpackage import distributed
+
+        joblib = __import__("joblib")
+        def dump_to_full_disk(array, file):
+            open(file, "wb").close()
+            with open("/dev/full", "wb", buffering=0) as device:
+                device.write(bytes(9))
+
+        if __name__ == "__main__":
+            __import__("joblib._memmapping_reducer")
+            sys.modules["joblib._memmapping_reducer"].dump = dump_to_full_disk
+            try:
+                list(distributed.Joblib.setup(numpy.sum, [numpy.zeros(300_000)] * 9, 2))
+            except Exception as error:
+                print("No space left" in str(error.__cause__))
+            print(sum(distributed.Joblib.setup(abs, range(9), 2)))
+    """
+    assert output_of(program(source)) == "True\n36\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors that say where
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"batch_size": 7}])
+def test_an_error_tells_which_task(any_setup, options):
+    tasks = [value(number) for number in range(20)] + ["1 / 0"]
+    received, error = collect(any_setup(eval, tasks, **options), ZeroDivisionError)
+    assert received == list(range(20))
+    assert error.args == ("division by zero",)
+    assert error.__notes__ == ["Task 20 (counted from 0): '1 / 0'"]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="there are notes")
+def test_an_error_tells_which_task_without_notes(processes):
+    _, error = collect(processes(eval, [value(0), "1 / 0"]), ZeroDivisionError)
+    assert "Task 1 (counted from 0): '1 / 0'" in str(error.__cause__)
+
+
+class Shown:
+    def __init__(self, way):
+        self.way = way
+
+    def __repr__(self):
+        if self.way == "raises":
+            raise SystemExit
+        if self.way == "sleeps":
+            time.sleep(3600)
+        return "x" * 10**6
+
+
+@pytest.mark.parametrize("way", ["raises", "sleeps", "long"])
+def test_a_task_is_shown_whatever_its_repr_does(way):
+    shown = distributed._shown(Shown(way))
+    assert len(shown) <= 400
+    assert shown == "<Shown>" or way == "long"
+
+
+def test_a_timeout_tells_what_is_out(setup, tmp_path):
+    tasks = [await_path(tmp_path / "go", number) for number in range(9)]
+    with pytest.raises(TimeoutError) as caught:
+        next(setup(eval, tasks, timeout=0.5, batch_size=1))
+    (tmp_path / "go").touch()
+    assert "4 are out, of which the oldest is: Task 0 (counted from 0): " in str(
+        caught.value
+    )
+
+
+def test_an_error_of_the_backend_keeps_its_traceback():
+    results = Joblib.setup(abs, range(10), num_workers=2, backend=FailingThreading())
+    _, error = collect(results, OSError)
+    assert 'raise OSError("no more")' in str(error.__cause__)
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
+@pytest.mark.parametrize("way", ["descriptor", "None", "object"])
+def test_standard_streams_may_be_closed(program, tmp_path, closed, way):
+    source = """
+        import os, sys
+        if sys.argv[2] == "descriptor" and len(sys.argv) < 4:
+            for number in eval(sys.argv[1]):
+                os.close(number)
+            os.execv(sys.executable, [sys.executable, *sys.argv, "closed"])
+        from yourpackage.distributed import Joblib
+
+        def work(task):
+            print(task)
+            return task
+
+        if __name__ == "__main__":
+            for number in eval(sys.argv[1]):
+                name = ("stdin", "stdout", "stderr")[number]
+                if sys.argv[2] == "None":
+                    setattr(sys, name, None)
+                elif sys.argv[2] == "object":
+                    getattr(sys, name).close()
+            for backend in ("loky", "multiprocessing", "threading"):
+                if sys.argv[2] != "object" or backend != "threading":
+                    total = sum(Joblib.setup(work, range(9), 2, backend=backend))
+                    with open("total.txt", "a") as file:
+                        print(total, file=file)
+            os._exit(0)
+    """
+    program(source, closed, way).wait()
+    totals = (tmp_path / "total.txt").read_text().split()
+    assert totals == ["36"] * (2 if way == "object" else 3)
+
+
+def test_an_initializer_that_raises_is_shown(processes, capfd):
+    options = {"initializer": eval, "initargs": ("1 / 0",)}
+    _, error = collect(processes(abs, range(9), **options), BrokenExecutor)
+    assert "ZeroDivisionError" in str(error.__cause__)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_hides_a_module_of_python_is_named(program, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "random.py").write_text("raise ImportError")
+    source = """
+        import os
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            import random
+            os.chdir("folder")
+            try:
+                list(Joblib.setup(abs, range(9), num_workers=2))
+            except Exception as error:
+                print(error.__cause__)
+    """
+    output, _ = program(source, warnings="default").communicate()
+    assert "random.py" in output
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a class of Python 3.11")
+def test_a_group_of_errors_comes_home(any_setup):
+    members = "[SolverFailed('a', code=3), Locked('b'), KeyError(4)]"
+    _, error = collect(
+        any_setup(eval, [failing(f"ExceptionGroup('g', {members})")]), ExceptionGroup
+    )
+    assert error.message == "g"
+    names = [type(member).__name__ for member in error.exceptions]
+    in_process = any_setup is SingleProcess.setup
+    in_process = in_process or any_setup.keywords["backend"] == "threading"
+    assert names == [
+        "SolverFailed",
+        "Locked" if in_process else "RuntimeError",
+        "KeyError",
+    ]
+    assert error.exceptions[0].code == 3
+
+
+# ------------------------------------------------------------------------------------------------
 # What is particular to an engine
 
 
@@ -1861,6 +2370,27 @@ def test_an_interrupt_ends_the_wait(program, tmp_path, backend, number):
     assert backend == "threading" or not any(map(is_alive, pids_in(folder)))
 
 
+@pytest.mark.parametrize("backend", LOCAL)
+def test_an_interrupt_at_the_terminal_prints_nothing(program, tmp_path, backend):
+    source = """
+        import sys
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            results = Joblib.setup(eval, sys.argv[2:], num_workers=2, backend=sys.argv[1])
+            try:
+                next(results)
+            except KeyboardInterrupt:
+                print("interrupted")
+    """
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    process = program(source, backend, *[block(folder)] * 9)
+    wait_until(lambda: pids_in(folder))
+    os.killpg(process.pid, signal.SIGINT)  # the workers, too
+    assert output_of(process) == "interrupted\n"
+
+
 @pytest.mark.parametrize("package", ["dask", "ray"])
 def test_a_missing_engine_is_named(program, package):
     source = """
@@ -1894,15 +2424,6 @@ def test_a_copy_that_hides_the_package_of_dask(program, tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # Programs that are left
-
-
-@pytest.fixture(params=["pgrep", "no pgrep"])
-def leaving(request, program, tmp_path, monkeypatch):
-    """Like `program`, also where loky has neither pgrep nor psutil to kill its workers with."""
-    if request.param == "no pgrep":
-        (tmp_path / "psutil.py").write_text("raise ImportError")
-        monkeypatch.setenv("PATH", str(tmp_path))
-    return program
 
 
 @pytest.mark.parametrize("way", ["break", "timeout", "die"])
@@ -2265,6 +2786,25 @@ def test_a_fork(program, backend, used, way):
         first = "a run cannot be read in a fork of the process it is from"
         assert output.pop(0) == first
     assert output == ["45", "[] []", "0", "99" if used == "used" else "100"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_of_a_process_that_has_used_the_fork_server(program):
+    source = """
+        import multiprocessing, os, sys, warnings
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            multiprocessing.set_start_method("forkserver")
+            options = {"num_workers": 2, "backend": "multiprocessing"}
+            print(sum(Joblib.setup(abs, range(10), **options)), flush=True)
+            if os.fork() == 0:
+                print(sum(Joblib.setup(abs, range(10), **options)), flush=True)
+                sys.exit()
+            print(os.wait()[1])
+    """
+    assert output_of(program(source)) == "45\n45\n0\n"
 
 
 CHILD = """
