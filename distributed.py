@@ -999,6 +999,9 @@ class _Failure:
 # nothing, but all that are out have to be kept in memory.
 _LARGEST_BATCH = 8192
 
+# Seconds. Of what takes less, larger batches are made at once.
+_SHORT_BATCH = 0.01
+
 # Bytes of arrays in the tasks of a batch, beyond which it does not grow.
 _HEAVIEST_BATCH = 8_000_000
 
@@ -1046,12 +1049,12 @@ class _Source:
         self.error: BaseException | None = None
         self.is_exhausted = False
 
-    def draw(self, size: int, workers: int) -> list[list[Any]]:
+    def draw(self, size: int, workers: int, least: int) -> list[list[Any]]:
         """Draw the tasks of the next batches: of one, if a batch has one task.
 
         Larger ones are drawn for all workers at once, so that the end is seen in time
-        to share out what is left in small batches. An error of the tasks is kept until
-        the results of what they did yield are out.
+        to share out what is left in small batches, of no less than *least*. An error of
+        the tasks is kept until the results of what they did yield are out.
         """
         count = 1 if size == 1 else min(size * workers, sys.maxsize)
         drawn: list[Any] = []
@@ -1061,7 +1064,7 @@ class _Source:
             self.error = error
         if len(drawn) < count:
             self.is_exhausted = True
-            size = max(1, len(drawn) // (10 * workers))
+            size = min(size, max(least, len(drawn) // (10 * workers)))
         return [drawn[i : i + size] for i in range(0, len(drawn), size)]
 
 
@@ -1261,9 +1264,8 @@ class _Run:
                 self.note_completion(self.completed)
             while len(self.out) < self.most_out and not self.has_failed:
                 if not self.ready and not source.is_exhausted:
-                    self.ready.extend(
-                        source.draw(self.batch_size(), self.engine.workers)
-                    )
+                    size, least = self.batch_sizes()
+                    self.ready.extend(source.draw(size, self.engine.workers, least))
                 if not self.ready:
                     break
                 self.submit(self.ready.popleft())
@@ -1329,10 +1331,13 @@ class _Run:
         if self.progress is not None:
             self.progress.add(batch.count)
 
-    def batch_size(self) -> int:
-        """Return the size of the next batch."""
-        size = self.parallel.batch_size
-        return int(self.engine.compute_batch_size() if size == "auto" else size)
+    def batch_sizes(self) -> tuple[int, int]:
+        """Return the size of the next batches, and the least at the end of the tasks."""
+        if self.parallel.batch_size != "auto":
+            return int(self.parallel.batch_size), 1
+        size = int(self.engine.compute_batch_size())
+        # Few that last a moment are shared out in less time than many.
+        return size, max(1, self.engine.tasks_of_short_batch())
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -1578,19 +1583,24 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
         return None
 
     def compute_batch_size(self) -> int:
-        before = self.wanted_batch_size
-        size = self.wanted_batch_size = super().compute_batch_size()
-        if size > before and self.last_duration < 0.01:
-            # joblib doubles the size at each step. If a batch takes next to no time, it
-            # is told how long one of the new size would take, and takes the next step,
-            # too.
-            super().batch_completed(size, self.last_duration * size / before)
-            self.wanted_batch_size = super().compute_batch_size()
+        size = super().compute_batch_size()
+        # joblib doubles the size at each step. It is told how long a batch of the new
+        # size would take, and takes the next step, too, if that is next to no time.
+        while size > self.wanted_batch_size:
+            self.last_duration *= size / self.wanted_batch_size
+            self.wanted_batch_size = size
+            if self.last_duration < _SHORT_BATCH:
+                super().batch_completed(size, self.last_duration)
+                size = super().compute_batch_size()
+        self.wanted_batch_size = size
         most = _LARGEST_BATCH
         if self.task_weight * most > _HEAVIEST_BATCH:
             most = max(1, int(_HEAVIEST_BATCH / self.task_weight))
         self.effective_batch_size = min(self.wanted_batch_size, most)
         return self.effective_batch_size
+
+    def tasks_of_short_batch(self) -> int:
+        return int(_SHORT_BATCH * self.wanted_batch_size / self.last_duration)
 
     def batch_completed(self, batch_size: int, duration: float) -> None:
         if batch_size == self.effective_batch_size < self.wanted_batch_size:
