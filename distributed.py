@@ -733,6 +733,7 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
     def run_batch(task_func: Any, *tasks: Any) -> tuple[list[Any], Any]:
         """Return the results, and of the task that ended the batch what to say."""
         results: list[Any] = []
+        task: Any = None
         try:
             for task in tasks:
                 results.append(task_func(task))
@@ -1190,7 +1191,7 @@ class _Batch(NamedTuple):
     """A batch that is out."""
 
     first: int  # the number of its first task
-    count: int
+    size: int
     submitted: float
     report: weakref.ref[_Report]
 
@@ -1254,7 +1255,7 @@ class _Run:
                 raise ValueError(f"pre_dispatch={formula!r} comes to {self.most_out}")
             self.nested = self.engine.get_nested_backend()
             self.function = self.engine.send(source.task_func)
-            self.call = joblib.delayed(self.engine.run_batch)
+            self.call = joblib.delayed(self.engine.batch_runner())
         return True
 
     def dispatch(self, source: _Source) -> bool:
@@ -1314,7 +1315,7 @@ class _Run:
         return cast(BaseException, error)
 
     def timeout_error(self) -> _TaskTimeoutError:
-        count = sum(batch.count for batch in self.out.values())
+        count = sum(batch.size for batch in self.out.values())
         oldest = min(self.out.values(), key=operator.attrgetter("first"))
         report = oldest.report()
         task = report.tasks[0] if report is not None and report.tasks else None
@@ -1327,9 +1328,9 @@ class _Run:
     def note_completion(self, batch: _Batch) -> None:
         """Let joblib reckon the size of batches; it counts the time of reading, too."""
         self.completed = None
-        self.engine.batch_completed(batch.count, time.time() - batch.submitted)
+        self.engine.batch_completed(batch.size, time.time() - batch.submitted)
         if self.progress is not None:
-            self.progress.add(batch.count)
+            self.progress.add(batch.size)
 
     def batch_sizes(self) -> tuple[int, int]:
         """Return the size of the next batches, and the least at the end of the tasks."""
@@ -1541,9 +1542,8 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     last_duration: float = math.inf
     task_weight: float = 0  # bytes of arrays in a task, if known
 
-    @property
-    def run_batch(self) -> Any:
-        """The function that runs a batch."""
+    def batch_runner(self) -> Any:
+        """Return the function that runs a batch."""
         in_thread = getattr(self, "supports_sharedmem", False)
         return _IN_THREAD.run_batch if in_thread else _RUN_BATCH
 
@@ -1647,7 +1647,8 @@ def _engine_like(backend: Any, inbox: _Inbox) -> Any:
         raise ValueError(
             f"backend must tell when a batch has completed, got {backend!r}"
         )
-    engine = object.__new__(_engine_class(_mixin_for(backend), type(backend)))
+    kind: Any = type(backend)
+    engine = object.__new__(_engine_class(_mixin_for(backend), kind))
     vars(engine).update(vars(backend))
     engine.inbox = inbox
     engine.separate_from(backend)
@@ -1692,7 +1693,7 @@ class _Files:
     def __init__(self, root: str | None, options: dict[str, Any]) -> None:
         self.root = root
         self.process = os.getpid()
-        self.folder: str | None = None
+        self.folder: Any = None
         self.tracker = _loky("backend.resource_tracker")
         self.drops: dict[str, Any] = {}  # finalizers of arrays, by their files
         self.held: list[Any] = []  # keeps the arrays that what is pickled has in files
@@ -1718,7 +1719,7 @@ class _Files:
             self.folder, _ = self.place(name, self.root)
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             self.tracker.register(self.folder, "folder")  # removes it if we cannot
-        return cast(str, self.folder)
+        return str(self.folder)
 
     def __call__(self, array: Any) -> Any:
         self.weight += array.nbytes
@@ -1727,7 +1728,7 @@ class _Files:
         except BaseException:
             for name in os.listdir(self.folder) if self.folder else ():
                 if name.startswith(f"{self.process}-"):  # not that of the function
-                    self.adopt(array, os.path.join(cast(str, self.folder), name))
+                    self.adopt(array, os.path.join(self.folder, name))
             raise
         file = reduced[1][0]
         if isinstance(file, str) and os.path.dirname(file) == self.folder:
@@ -1812,7 +1813,8 @@ class _Pool:
             _private(manager, "result_queue"),
         )
         self.queues = calls, results
-        _private(calls, "_thread"), _private(results, "_writer")
+        for owner, name in (calls, "_thread"), (results, "_writer"):
+            _private(owner, name)
         numbers, _ = (
             _private(manager, "work_ids_queue"),
             _private(manager, "kill_workers"),
@@ -2028,10 +2030,12 @@ class _Processes(_Engine):
     more_options = frozenset(
         ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
     )
-    pool: _Pool | None = None
-    files: _Files | None = None
+    pool: Any = None  # a _Pool
+    files: Any = None  # _Files
     tasks_pickled = 0
-    run_batch = _of_worker("run_batch")
+
+    def batch_runner(self) -> Any:
+        return _of_worker("run_batch")
 
     def configure(
         self,
@@ -2051,7 +2055,10 @@ class _Processes(_Engine):
             "idle_worker_timeout", 300
         )
         self.context = options.pop("context", None)
-        self.prepared = options.pop("initializer", None), options.pop("initargs", ())
+        self.prepared: Any = (
+            options.pop("initializer", None),
+            options.pop("initargs", ()),
+        )
         self.files = _Files(options.pop("temp_folder", None), options)
         _pickle_main_by_value()
         return workers
@@ -2090,7 +2097,7 @@ class _Processes(_Engine):
 
     def explained(self, error: BaseException) -> BaseException:
         """Return the error of a worker that died, with what is known of the reason."""
-        pool = cast(_Pool, self.pool)
+        pool: _Pool = self.pool
         pool.hear(0)
         names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
         hidden = ", ".join(filter(os.path.exists, names))
@@ -2131,7 +2138,7 @@ class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
     def find_pool(self) -> _Pool:
         env = _private(self, "_prepare_worker_env")(n_jobs=self.workers)
         options = {"timeout": self.idle_seconds, "env": env}
-        prepared, key = self.prepared, None
+        prepared, key = self.prepared, cast(Any, None)
         # What can be pickled only while a process is started, such as a lock, is not
         # compared: those workers serve one run.
         with contextlib.suppress(Exception):

@@ -3573,8 +3573,58 @@ def plain_map():
     yield map
 
 
+class HeavyModel:
+    """Takes 20 ms to pickle; what it builds on its first call takes *seconds*."""
+
+    def __init__(self, seconds):
+        self.parameters = {
+            f"parameter {k}": [float(k), (k, str(k))] for k in range(30_000)
+        }
+        self.seconds, self.solver = seconds, None
+
+    def objective(self, milliseconds):
+        if self.solver is None:
+            time.sleep(self.seconds)
+            self.solver = "built"
+        end = time.perf_counter() + milliseconds / 1000
+        while time.perf_counter() < end:
+            pass
+
+
+def heavy(seconds):
+    model = by_value(HeavyModel)
+    sys.modules["__main__"].HeavyModel = model  # where pools find it
+    return model(seconds).objective
+
+
+def give_model(model):
+    HeavyModel.given = model
+
+
+def objective_of_given(task):
+    return HeavyModel.given.objective(task)
+
+
+@contextlib.contextmanager
+def pool_with_initializer():
+    """A pool that is given the model as it starts, like each run of this module."""
+
+    def run(function, tasks):
+        with multiprocessing.Pool(2, give_model, (function.__self__,)) as workers:
+            yield from workers.imap_unordered(objective_of_given, tasks)
+
+    yield run
+
+
+@contextlib.contextmanager
+def one_by_one():
+    yield functools.partial(Joblib.setup, num_workers=2, batch_size=1)
+
+
 NAMES = {
     this_module: "this module",
+    one_by_one: "this module, `batch_size=1`",
+    pool_with_initializer: "Pool with an initializer",
     in_order: "this module, in order",
     plain_joblib: "joblib",
     delayed_once: "joblib, `delayed` called once",
@@ -3622,6 +3672,15 @@ WORKLOADS = {
     "uneven: one of 150 ms among 1 ms": (
         lambda: (sum, [busy(1)] * 400 + [busy(150)] + [busy(1)] * 100),
         [*RIVALS, limit],
+    ),
+    "16 trivial tasks": (lambda: (trivial, range(16)), [this_module, plain_joblib]),
+    "a method of a heavy model, 200 of 5 ms": (
+        lambda: (heavy(0), [5] * 200),
+        [this_module, one_by_one, plain_joblib, pool, pool_with_initializer],
+    ),
+    "the same, 40 of 20 ms, a solver built in 0.5 s": (
+        lambda: (heavy(0.5), [20] * 40),
+        [this_module, one_by_one, plain_joblib, pool, pool_with_initializer],
     ),
     "100,000 trivial tasks, in one process": (
         lambda: (trivial, range(100_000)),
