@@ -314,8 +314,7 @@ class Joblib(DistributedBackend):
       its workers to stop; elsewhere, that wait ends after 10 seconds.
     - If the program itself is killed, its workers finish what has been sent to them, and
       leave when they have been idle for *idle_worker_timeout*.
-    - An error of *tasks* that is no `Exception`, such as `KeyboardInterrupt`, is raised
-      at once.
+    - A `KeyboardInterrupt` or `SystemExit` that *tasks* raises is raised at once.
     """
 
     @staticmethod
@@ -379,10 +378,11 @@ class Joblib(DistributedBackend):
                 their imports count, too. Default: wait for ever. Ignored with one
                 worker.
             batch_size : int or "auto", default "auto"
-                Tasks sent to a worker at once. "auto" starts with 1 and grows for as
+                Tasks sent to a worker at once; fewer towards the end of the tasks, so
+                that all workers have some. "auto" starts with 1 and grows for as
                 long as a batch is out and read within 0.2 seconds, up to 8192; with
                 worker processes, also for as long as the arrays in a batch have no more
-                than 8 MB.
+                than 8 MB. In threads, it stays 1.
             pre_dispatch : int or str, default "2 * n_jobs"
                 The most batches that are out at a time, being worked on or waiting for
                 a worker; a number, a formula, or "all", which lifts the bound.
@@ -431,9 +431,11 @@ class Joblib(DistributedBackend):
         Exception
             From the generator: what *tasks* raised, as it is; or what a task raised,
             with a note that tells the number of the task and shows it (Python 3.11 and
-            newer), and with the text of the worker's traceback as its cause. If it
-            cannot be pickled, it is put together again without its ``__init__``, or
-            else is a `RuntimeError` that shows it, as a `StopIteration` always is.
+            newer). In threads it is the error itself; elsewhere, the text of the
+            worker's traceback is its cause. If it cannot be pickled, it is put together
+            again without its ``__init__``, or else is a `RuntimeError` that shows it. A
+            `StopIteration` is the cause of a `RuntimeError`, or it would look like the
+            end of the results.
         """
         source = _Source(task_func, tasks)
         return _results(_Run(num_workers, kwargs), source)
@@ -717,7 +719,7 @@ def _register_ray() -> None:
 # --------------------------------------------------------------------------------------
 # What workers are sent.
 #
-# Workers never import this file. What they need of it are the functions nested in
+# Workers need not import this file. What they need of it are the functions nested in
 # `_worker_functions`, which travel by value, and refer to nothing of this module but
 # what it imports: to the processes of loky and multiprocessing once, as they start; to
 # Dask and Ray with each batch.
@@ -839,7 +841,8 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
             if initializer is not None:
                 initializer(*initargs)
         except BaseException:
-            announce.send_bytes(traceback.format_exc()[-3000:].encode()[-3000:])
+            # All workers share the pipe: what is this short arrives in one piece.
+            announce.send_bytes(traceback.format_exc().encode()[-500:])
             os._exit(1)
         announce.send_bytes(b"")
 
@@ -1087,7 +1090,9 @@ def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
         if error is None:
             error = source.error
         if error is not None:
-            raise error  # not inside `with`, which assigns to attributes of errors
+            # Not inside `with`, which assigns to attributes of errors. Python itself
+            # makes a RuntimeError of a StopIteration here.
+            raise error
     finally:
         source.error = None
         del error, run, source  # as its traceback refers to this frame
@@ -1106,7 +1111,7 @@ class _Inbox:
         self.put = self.reports.put
         self.ordered = ordered
         self.next_number = 0  # of the batch whose turn it is, if ordered
-        self.early: dict[int | None, Any] = {}  # reports of batches whose turn it isn't
+        self.early: dict[int, Any] = {}  # outcomes of batches whose turn it is not
 
     def fail(self, error: BaseException) -> None:
         """Report an error of no batch that is known."""
@@ -1172,7 +1177,7 @@ class _Progress:
 class _Report:
     """What an engine calls, once, with the outcome of a batch, in any thread.
 
-    Until then it keeps the tasks. It refers to nothing of the run but the inbox: see
+    Until then it keeps the tasks, and arrays that lie in files for it. It refers to nothing of the run but the inbox: see
     _Source; and afterwards to nothing, since the outcome may refer to it.
     """
 
@@ -1180,9 +1185,10 @@ class _Report:
         self.put: Callable[[Any], None] | None = inbox.put
         self.number = number
         self.tasks = tasks
+        self.held: list[Any] = []
 
     def __call__(self, outcome: Any) -> None:
-        put, self.put, self.tasks = self.put, None, []
+        put, self.put, self.tasks, self.held = self.put, None, [], []
         if put is not None:
             put((self.number, outcome))
 
@@ -1218,14 +1224,14 @@ class _Run:
         self.ready: deque[list[Any]] = deque()  # drawn, and not yet submitted
         self.out: dict[int, _Batch] = {}
         self.numbers = itertools.count()
-        self.drawn = 0  # tasks submitted
+        self.submitted = 0  # tasks
         self.completed: _Batch | None = None  # whose results are being handed out
         self.results: list[Any] = []  # received, and not yet handed out; reversed
         self.has_failed = False  # the engine, or somebody in the middle of using it
         self.process = 0  # that it was started in
         self.reader = threading.current_thread()  # who has last read it
         self.is_at_work = False  # inside of the engine
-        self.end_once = threading.Lock()  # once locked, never unlocked
+        self.end_once = threading.Lock()  # test-and-set: it is never unlocked
         self.ended = threading.Event()  # set if there is nothing to end
         self.ended.set()
         self.clean_ups = contextlib.ExitStack()  # all of them are done, if one fails
@@ -1242,8 +1248,6 @@ class _Run:
             try:
                 self.parallel.__enter__()
             except _OneWorker:
-                _open_runs.discard(self)
-                self.ended.set()
                 return False
             finally:
                 self.clean_ups.push(self.parallel)
@@ -1279,8 +1283,8 @@ class _Run:
         # One call a batch: a call a task takes several times longer to make, to send
         # and to unpickle.
         calls.items = [self.call(self.function, *tasks)]
-        first, self.drawn = self.drawn, self.drawn + len(tasks)
-        batch = _Batch(first, len(tasks), time.time(), weakref.ref(report))
+        first, self.submitted = self.submitted, self.submitted + len(tasks)
+        batch = _Batch(first, len(tasks), time.monotonic(), weakref.ref(report))
         self.out[report.number] = batch
         try:
             self.engine.submit(calls, callback=report)
@@ -1328,7 +1332,7 @@ class _Run:
     def note_completion(self, batch: _Batch) -> None:
         """Let joblib reckon the size of batches; it counts the time of reading, too."""
         self.completed = None
-        self.engine.batch_completed(batch.size, time.time() - batch.submitted)
+        self.engine.batch_completed(batch.size, time.monotonic() - batch.submitted)
         if self.progress is not None:
             self.progress.add(batch.size)
 
@@ -1556,6 +1560,8 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
 
     def separate_from(self, original: Any) -> None:
         """Give up what must not be shared with *original*, of which this is a copy."""
+        if getattr(original, "_pool", None) is not None:  # somebody else's threads
+            self._pool = None
         if hasattr(self, "reset_batch_stats"):
             self.reset_batch_stats()  # those of another run
 
@@ -1607,7 +1613,7 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
             # joblib wants to know of a batch of the size that it has asked for.
             duration *= self.wanted_batch_size / batch_size
             batch_size = self.wanted_batch_size
-        self.last_duration = duration
+        self.last_duration = max(duration, 1e-6)  # some clocks tick seldom
         super().batch_completed(batch_size, duration)
 
 
@@ -1750,6 +1756,8 @@ class _Files:
                 os.unlink(file)
 
     def close(self) -> None:
+        """Remove all files. A pool that is kept must not keep what was in them."""
+        self.held = []
         while self.drops:
             self.drops.popitem()[1].detach()
         if self.folder is not None:
@@ -1770,7 +1778,7 @@ class _Pool:
     ) -> None:
         self.key = key  # of what another run must want to be served, too
         self.workers = workers
-        self.starting = workers  # have not announced themselves
+        self.unannounced = workers  # as many have not said that they have started
         self.complaint = ""  # of an initializer
         _occupy_standard_streams()
         self.announced, self.announce = multiprocessing.Pipe(duplex=False)
@@ -1783,7 +1791,7 @@ class _Pool:
             initargs=(self.announce, prepared),
             **options,
         )
-        self.forks = options["context"] and options["context"].get_start_method()
+        self.start_method = options["context"] and options["context"].get_start_method()
         self.table = _private(self.executor, "_processes")
         self.manager: Any = None  # loky's thread
         _pools.add(self)
@@ -1794,7 +1802,7 @@ class _Pool:
     def submit(self, calls: Any) -> Future[Any]:
         if self.manager is not None:
             return cast(Future[Any], self.executor.submit(calls))
-        if self.forks == "fork":
+        if self.start_method == "fork":
             # Not in a thread of its own, since Python warns of forks beside threads.
             return self.start(calls)
         # Workers that were interrupted as they start would print a traceback, or go
@@ -1828,12 +1836,12 @@ class _Pool:
     def hear(self, seconds: float) -> bool:
         """Return whether all workers have announced themselves, or do so in time."""
         deadline = time.monotonic() + seconds
-        while self.starting and self.announced.poll(
-            max(0, deadline - time.monotonic())
+        while self.announced.poll(
+            max(0, deadline - time.monotonic()) if self.unannounced > 0 else 0
         ):
             self.complaint += self.announced.recv_bytes().decode(errors="replace")
-            self.starting -= 1
-        return not self.starting
+            self.unannounced -= 1
+        return self.unannounced <= 0
 
     def fault(self) -> Exception | None:
         """Return an error if a worker is dead, or loky's thread."""
@@ -1854,6 +1862,7 @@ class _Pool:
         elif self.key is None:
             self.stop()
         else:
+            self.reducers.clear()
             _idle_pools.append(self)
             _stop_idle_pools(_most_idle)
 
@@ -1866,7 +1875,7 @@ class _Pool:
         self.end(kill_workers=True)
 
     def end(self, *, kill_workers: bool) -> None:
-        # It would wait behind a lock that all executors of the process share.
+        # To wait for it here would be behind a lock that all executors share.
         self.executor.shutdown(wait=False, kill_workers=kill_workers)
         if self.manager is not None:
             self.manager.join(timeout=_PATIENCE)
@@ -2077,7 +2086,6 @@ class _Processes(_Engine):
     def submit(self, func: Any, callback: Any = None) -> Any:
         if self.pool is None:
             self.pool = self.find_pool()
-            self.pool.reducers.clear()
             self.pool.reducers.update(self.files.reducers)
         job = self.pool.submit(func)
         job.add_done_callback(callback)
@@ -2086,7 +2094,7 @@ class _Processes(_Engine):
     def note_pickling(self, report: _Report) -> None:
         # The arrays stay until the batch has been reported, and so do their files, even
         # if some were made only to be pickled.
-        self.files.held = report.tasks
+        self.files.held = report.held
         self.task_weight = self.files.weight / (self.tasks_pickled or 1)
         self.tasks_pickled += len(report.tasks)
 
@@ -2097,19 +2105,19 @@ class _Processes(_Engine):
 
     def explained(self, error: BaseException) -> BaseException:
         """Return the error of a worker that died, with what is known of the reason."""
-        pool: _Pool = self.pool
-        pool.hear(0)
-        names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
-        hidden = ", ".join(filter(os.path.exists, names))
         if not isinstance(error, BrokenExecutor):
             return error
+        pool: _Pool = self.pool
+        pool.hear(0)
         if pool.complaint:
             _set_cause(error, pool.complaint.strip())
-        elif pool.starting and hidden:
+        elif pool.unannounced > 0:
+            names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
+            hidden = ", ".join(filter(os.path.exists, names)) or "none"
             _set_cause(
                 error,
-                "A worker could not start. In the current directory, these files hide "
-                f"modules of Python that it may need: {hidden}",
+                "A worker has died as it started. Files of the current directory that "
+                f"hide modules of Python, which it may need: {hidden}",
             )
         return error
 
@@ -2146,7 +2154,8 @@ class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
             environment = dict(os.environ)
             environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
             surroundings = environment, os.getcwd(), list(sys.path)
-            key = self.workers, prepared, options, surroundings
+            reducers = dict(self.files.result_reducers)
+            key = self.workers, prepared, options, surroundings, reducers
         return _take_pool(key) or _Pool(
             key, self.workers, prepared, self.files, context=None, **options
         )

@@ -606,6 +606,31 @@ def pids_of(**options):
     return set(Joblib.setup(eval, tasks, num_workers=2, batch_size=1, **options))
 
 
+def test_a_backend_that_is_in_use_is_not_disturbed():
+    backend = joblib.parallel.ThreadingBackend()
+    with joblib.Parallel(n_jobs=2, backend=backend) as parallel:
+        for _ in range(2):
+            assert parallel(joblib.delayed(abs)(-task) for task in range(9)) == [
+                *range(9)
+            ]
+            assert len(list(Joblib.setup(abs, range(9), 2, backend=backend))) == 9
+
+
+def test_a_clock_that_stands_still(monkeypatch):
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: 5.0)
+    results = Joblib.setup(abs, range(300), 2, backend="threading")
+    assert sorted(itertools.islice(results, 300)) == list(range(300))
+
+
+def test_idle_workers_keep_nothing_of_a_run():
+    array = numpy.zeros(300_000)
+    reference = weakref.ref(array)
+    assert list(Joblib.setup(numpy.sum, [array] * 9, 2)) == [0] * 9
+    del array
+    gc.collect()
+    assert reference() is None
+
+
 def test_idle_workers_are_kept_for_the_next_run():
     Joblib.shutdown()
     pids = pids_of()
@@ -2657,11 +2682,8 @@ INTERRUPTED = """
         for _ in range(count):
             thread = threading.Thread(target=interrupt, args=(chance.uniform(0, 0.3),))
             try:
-                if backend != "multiprocessing":
-                    thread.start()
-                for result in Joblib.setup(time.sleep, [0.001] * 999, 2, backend=backend):
-                    if thread.ident is None:
-                        thread.start()  # not while a pool starts: see the README
+                thread.start()
+                list(Joblib.setup(time.sleep, [0.001] * 999, 2, backend=backend))
                 time.sleep(60)
             except KeyboardInterrupt:
                 interrupts += 1
@@ -2669,7 +2691,8 @@ INTERRUPTED = """
             assert len(list(Joblib.setup(abs, range(20), 2, backend=backend))) == 20
         while _open_runs:
             time.sleep(0.01)
-        left = [child for child in multiprocessing.active_children() if "Pool" in child.name]
+        Joblib.shutdown()
+        left = multiprocessing.active_children()
         print(interrupts, "interrupts,", len(left), "left")
 """
 
@@ -2946,7 +2969,7 @@ def test_runs_beside_a_plain_joblib_with_other_numbers_of_workers(program):
             stop = threading.Event()
             thread = threading.Thread(target=plain)
             thread.start()
-            for number in range(40):
+            for number in range(20):
                 workers = 2 + number % 2
                 assert sum(Joblib.setup(abs, range(50), num_workers=workers)) == 1225
                 if number % 4 == 0:
@@ -3192,7 +3215,7 @@ COMPARED = """
             time.sleep(0.03)
             files = sum(path.is_file() for path in folder.rglob("*"))
             most = max(most, files, len(alive))
-        return "all are kept" if most > 30 else "a few are kept" if most < 10 else f"{most}"
+        return "many are kept" if most > 12 else "a few are kept"
 
     folder = pathlib.Path("folder")
     if __name__ == "__main__":
@@ -3229,6 +3252,7 @@ def test_all_situations_are_compared():
     assert len(list(cells_of_readme())) == len(SITUATIONS) * len(PEERS)
 
 
+@pytest.mark.readme
 @pytest.mark.parametrize(("situation", "peer", "expected"), list(cells_of_readme()))
 def test_what_the_readme_says_of_others(
     program, tmp_path, monkeypatch, situation, peer, expected
@@ -3249,7 +3273,7 @@ def test_what_the_readme_says_of_others(
     possible = {
         "may lose results": ("loses results", "all 10 results first"),
         "may hang": ("hangs", "works"),
-        "may keep all": ("all are kept", "a few are kept"),
+        "may keep many": ("many are kept", "a few are kept"),
     }
     assert output in possible.get(expected, (expected,)), errors
     assert peer != "this_module" or errors == ""
@@ -3264,6 +3288,7 @@ def uses_a_cluster(source):
     return "import ray" in source or "dask" in source
 
 
+@pytest.mark.readme
 @pytest.mark.parametrize(
     ("source", "output"),
     [example for example in EXAMPLES if not uses_a_cluster(example[0])],
