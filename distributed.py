@@ -309,7 +309,8 @@ class Joblib(DistributedBackend):
     - A program that a task has started is found by its parents: if all of these have
       ended, or a worker has died before the run was left, it goes on. Where neither
       ``/proc`` nor ``ps`` tells who the parents are, so do all.
-    - An array that is changed during a run may arrive as it was when it was first sent.
+    - A task, an array among them, that is changed after it was drawn arrives changed or
+      not; so does a result that *task_func* changes in its next call: return a copy.
     - To close a run in a thread that is not the last to have read it does not wait for
       its workers to stop; elsewhere, that wait ends after 10 seconds.
     - If the program itself is killed, its workers finish what has been sent to them, and
@@ -374,7 +375,8 @@ class Joblib(DistributedBackend):
                 *pre_dispatch* batches are out.
             timeout : float, optional
                 Seconds. When the consumer has waited for that long and no batch has
-                completed, the run ends with an error. The start of the workers and
+                completed, the run ends with an error: it must be longer than a batch
+                takes, and one task that is stuck counts when all others are done. The start of the workers and
                 their imports count, too. Default: wait for ever. Ignored with one
                 worker.
             batch_size : int or "auto", default "auto"
@@ -420,7 +422,8 @@ class Joblib(DistributedBackend):
             a formula of *pre_dispatch* comes to 0 for the workers that turn up, it is
             raised from the generator.
         pickle.PicklingError
-            From the generator, if *task_func*, a task or a result cannot be pickled.
+            From the generator, if *task_func* or a task cannot be pickled. Of a result,
+            it is what the pickler raises, such as a `TypeError`.
         TimeoutError
             From the generator, after *timeout*; also a `multiprocessing.TimeoutError`.
             It says how many tasks are out, and which has been out for longest.
@@ -1812,6 +1815,9 @@ class _Pool:
 
     def start(self, calls: Any) -> Future[Any]:
         """Submit the first batch, which starts the workers."""
+        if self.start_method != "fork" and os.name == "posix":
+            # Python starts its own as a worker starts, and unblocks interrupts then.
+            importlib.import_module("multiprocessing.resource_tracker").ensure_running()
         with _interrupts_blocked(), _standard_streams():
             future = self.executor.submit(calls)
         _at_exit_before_loky(os.getpid())
@@ -2110,6 +2116,8 @@ class _Processes(_Engine):
         pool: _Pool = self.pool
         pool.hear(0)
         if pool.complaint:
+            last = pool.complaint.strip().splitlines()[-1]
+            error = BrokenExecutor(f"the initializer has failed in a worker: {last}")
             _set_cause(error, pool.complaint.strip())
         elif pool.unannounced > 0:
             names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))

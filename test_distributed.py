@@ -2076,7 +2076,8 @@ def test_standard_streams_may_be_closed(program, tmp_path, closed, way):
 def test_an_initializer_that_raises_is_shown(processes, capfd):
     options = {"initializer": eval, "initargs": ("1 / 0",)}
     _, error = collect(processes(abs, range(9), **options), BrokenExecutor)
-    assert "ZeroDivisionError" in str(error.__cause__)
+    assert "the initializer has failed in a worker: ZeroDivisionError" in str(error)
+    assert "Traceback" in str(error.__cause__)
     assert capfd.readouterr().err == ""
 
 
@@ -2259,6 +2260,7 @@ def program(tmp_path):
                 [sys.executable, "-W", warnings, "program.py", *map(str, arguments)],
                 cwd=tmp_path,
                 text=True,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
@@ -2414,6 +2416,30 @@ def test_an_interrupt_at_the_terminal_prints_nothing(program, tmp_path, backend)
     wait_until(lambda: pids_in(folder))
     os.killpg(process.pid, signal.SIGINT)  # the workers, too
     assert output_of(process) == "interrupted\n"
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_an_interrupt_at_the_terminal_while_workers_start_prints_nothing(
+    program, backend
+):
+    source = """
+        import sys
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            print("begins", flush=True)
+            try:
+                list(Joblib.setup(abs, range(9), num_workers=4, backend=sys.argv[1]))
+                sys.stdin.read()
+            except KeyboardInterrupt:
+                pass
+    """
+    for delay in (0.05, 0.15, 0.3):
+        process = program(source, backend)
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)  # the workers, too
+        assert output_of(process) == ""
 
 
 @pytest.mark.parametrize("package", ["dask", "ray"])
