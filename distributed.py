@@ -40,6 +40,7 @@ import atexit
 import builtins
 import contextlib
 import difflib
+import errno
 import functools
 import importlib
 import inspect
@@ -273,6 +274,8 @@ class Joblib(DistributedBackend):
     *Kept warm.* loky's workers that are idle when a run ends well are kept for the next
     that wants the same: the same number, *initializer*, environment variables, current
     directory and `sys.path`. At most three sets of workers are kept, none in a fork.
+    What tasks leave in a worker (a thread, a changed directory) is there for the next
+    run, too; `shutdown` stops idle workers.
 
     *Nothing is lost.* Whatever results were received before an error are handed out
     first. An error of a task costs no earlier result of its batch (later tasks of it
@@ -313,6 +316,8 @@ class Joblib(DistributedBackend):
       not; so does a result that *task_func* changes in its next call: return a copy.
     - To close a run in a thread that is not the last to have read it does not wait for
       its workers to stop; elsewhere, that wait ends after 10 seconds.
+    - When the main thread has ended, processes take no more tasks of runs that other
+      threads are reading: that is an error.
     - If the program itself is killed, its workers finish what has been sent to them, and
       leave when they have been idle for *idle_worker_timeout*.
     - A `KeyboardInterrupt` or `SystemExit` that *tasks* raises is raised at once.
@@ -780,7 +785,7 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
         def dumped(form: Any) -> Any:
             # By value, a class may arrive as another one of the same name.
             for dump in (pickle.dumps, dump_by_value):
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(BaseException):
                     data = dump(form)
                     copy = pickle.loads(data)
                     if form is not error or repr(copy.args) == repr(error.args):
@@ -1171,7 +1176,11 @@ class _Progress:
         before, self.done = self.done, self.done + count
         steps = {math.isqrt(int(done / scale)) for done in (before, self.done)}
         stream = sys.stderr if self.verbose < 50 else sys.stdout
-        if stream and (len(steps) > 1 or self.verbose > 10 or self.done == self.total):
+        if (
+            stream
+            and not stream.closed
+            and (len(steps) > 1 or self.verbose > 10 or self.done == self.total)
+        ):
             of = "" if self.total is None else f" out of {self.total:3d}"
             seconds = time.monotonic() - self.start
             print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream, flush=True)
@@ -1707,6 +1716,7 @@ class _Files:
         self.drops: dict[str, Any] = {}  # finalizers of arrays, by their files
         self.held: list[Any] = []  # keeps the arrays that what is pickled has in files
         self.weight = 0  # bytes of all arrays
+        self.has_ended = False
         module = importlib.import_module("joblib._memmapping_reducer")
         self.place = _private(module, "_get_temp_dir")
         self.reducers, self.result_reducers = _private(
@@ -1722,6 +1732,9 @@ class _Files:
 
     def path(self) -> str:
         """Return the folder."""
+        if self.has_ended:
+            # loky's thread still pickles: to it, this is a pipe that nobody reads.
+            raise BrokenPipeError(errno.EPIPE, "the run has ended")
         if self.folder is None:
             # joblib's own name, by which those who look for such folders find them.
             name = f"joblib_memmapping_folder_{self.process}_{uuid.uuid4().hex}"
@@ -1760,12 +1773,13 @@ class _Files:
 
     def close(self) -> None:
         """Remove all files. A pool that is kept must not keep what was in them."""
-        self.held = []
+        self.held, self.has_ended = [], True
         while self.drops:
             self.drops.popitem()[1].detach()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.tracker.unregister(self.folder, "folder")
+            self.folder = None
 
 
 class _Pool:
@@ -1803,7 +1817,7 @@ class _Pool:
         return list(self.table.values())
 
     def submit(self, calls: Any) -> Future[Any]:
-        if self.manager is not None:
+        if self.manager is not None and len(self.table) == self.workers:
             return cast(Future[Any], self.executor.submit(calls))
         if self.start_method == "fork":
             # Not in a thread of its own, since Python warns of forks beside threads.
@@ -1814,7 +1828,7 @@ class _Pool:
             return thread.submit(self.start, calls).result()
 
     def start(self, calls: Any) -> Future[Any]:
-        """Submit the first batch, which starts the workers."""
+        """Submit a batch, which starts the workers, or those that have left."""
         if self.start_method != "fork" and os.name == "posix":
             # Python starts its own as a worker starts, and unblocks interrupts then.
             importlib.import_module("multiprocessing.resource_tracker").ensure_running()
@@ -2090,6 +2104,8 @@ class _Processes(_Engine):
         return _SentAs(_of_worker("function_of"), uuid.uuid4().hex, payload)
 
     def submit(self, func: Any, callback: Any = None) -> Any:
+        if self.files.has_ended:
+            raise RuntimeError("the run has ended")
         if self.pool is None:
             self.pool = self.find_pool()
             self.pool.reducers.update(self.files.reducers)

@@ -1924,6 +1924,44 @@ def test_arrays_leave_when_they_have_been_used(processes, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class PickledLate:
+    """Its array is made when the run has long been left."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        (self.folder / "begun").touch()
+        wait_until((self.folder / "go").exists)
+        return list, ((numpy.zeros(300_000),),)
+
+
+def test_what_is_pickled_when_the_run_has_ended_leaves_nothing(
+    processes, tmp_path, capfd
+):
+    (tmp_path / "files").mkdir()
+    tasks = [1, 2, PickledLate(tmp_path), 3, 4]
+    options = {"batch_size": 1, "temp_folder": str(tmp_path / "files")}
+    results = processes(repr, iter(tasks), **options)
+    next(results)
+    wait_until((tmp_path / "begun").exists)
+    threads = {t for t in threading.enumerate() if t.name == "QueueFeederThread"}
+    results.close()
+    (tmp_path / "go").touch()
+    for thread in threads & set(threading.enumerate()):
+        thread.join(timeout=5)
+    assert list((tmp_path / "files").iterdir()) == []
+    assert capfd.readouterr().err == ""
+
+
+def test_workers_that_have_left_for_idleness_come_again():
+    results = Joblib.setup(abs, range(40), 2, batch_size=1, idle_worker_timeout=0.2)
+    first = next(results)
+    (run,) = distributed._open_runs
+    wait_until(lambda: len(run.engine.pool.table) < 2)
+    assert first + sum(results) == sum(range(40))
+
+
 def test_an_array_in_many_tasks_is_written_once(processes, tmp_path):
     array = numpy.zeros(300_000)
     options = {"batch_size": 1, "temp_folder": str(tmp_path)}
@@ -2515,8 +2553,7 @@ def test_leaving_while_much_is_queued(leaving, task):
         from yourpackage.distributed import Joblib
 
         if __name__ == "__main__":
-            for pre_dispatch in ("8 * n_jobs", "all", 99):
-                for num_workers in (2, 4):
+            for pre_dispatch, num_workers in ("8 * n_jobs", 4), ("all", 2), (99, 2):
                     results = Joblib.setup(
                         {task}, [0.001] * 9999, num_workers, batch_size=1, pre_dispatch=pre_dispatch
                     )
@@ -2886,8 +2923,10 @@ CHILD = """
 """
 
 
-@pytest.mark.parametrize("duration", ["0", "0.2"])
-@pytest.mark.parametrize("way", ["read", "left", "open"])
+@pytest.mark.parametrize(
+    ("way", "duration"),
+    [("read", "0"), ("read", "0.2"), ("left", "0"), ("open", "0.2")],
+)
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_a_child_process_ends_when_it_is_done(program, method, way, duration):
     assert output_of(program(CHILD, method, way, duration)) == "0\n"
@@ -2995,7 +3034,7 @@ def test_runs_beside_a_plain_joblib_with_other_numbers_of_workers(program):
             stop = threading.Event()
             thread = threading.Thread(target=plain)
             thread.start()
-            for number in range(20):
+            for number in range(10):
                 workers = 2 + number % 2
                 assert sum(Joblib.setup(abs, range(50), num_workers=workers)) == 1225
                 if number % 4 == 0:
