@@ -1925,7 +1925,10 @@ class _Pool:
         self.manager.join(timeout=_PATIENCE)
         calls, results = self.queues
         if self.manager.is_alive():
-            _private(results, "_writer").close()  # now its pipe comes to an end
+            # Its pipe comes to an end when nobody could write into it any more. That
+            # thread will close what is put in its place.
+            with open(os.devnull, "wb") as sink:
+                os.dup2(sink.fileno(), _private(results, "_writer").fileno())
             self.manager.join(timeout=_PATIENCE)
         else:
             _private(calls, "_reader").close()

@@ -1955,10 +1955,10 @@ def test_what_is_pickled_when_the_run_has_ended_leaves_nothing(
 
 
 def test_workers_that_have_left_for_idleness_come_again():
-    results = Joblib.setup(abs, range(40), 2, batch_size=1, idle_worker_timeout=0.2)
+    results = Joblib.setup(abs, range(40), 2, batch_size=1, idle_worker_timeout=1)
     first = next(results)
     (run,) = distributed._open_runs
-    wait_until(lambda: len(run.engine.pool.table) < 2)
+    wait_until(lambda: len(run.engine.pool.table) == 0)
     assert first + sum(results) == sum(range(40))
 
 
