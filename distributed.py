@@ -1924,15 +1924,15 @@ class _Pool:
             return
         self.manager.join(timeout=_PATIENCE)
         calls, results = self.queues
-        if self.manager.is_alive():
+        if not self.manager.is_alive():
+            _private(calls, "_reader").close()
+            calls.close()
+        elif os.name == "posix":
             # Its pipe comes to an end when nobody could write into it any more. That
             # thread will close what is put in its place.
             with open(os.devnull, "wb") as sink:
                 os.dup2(sink.fileno(), _private(results, "_writer").fileno())
             self.manager.join(timeout=_PATIENCE)
-        else:
-            _private(calls, "_reader").close()
-            calls.close()
 
 
 _pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all that have not been collected
