@@ -729,8 +729,8 @@ def _register_ray() -> None:
 #
 # Workers need not import this file. What they need of it are the functions nested in
 # `_worker_functions`, which travel by value, and refer to nothing of this module but
-# what it imports: to the processes of loky and multiprocessing once, as they start; to
-# Dask and Ray with each batch.
+# what it imports and the name below: to the processes of loky and multiprocessing once,
+# as they start; to Dask and Ray with each batch.
 
 # The name of the module that worker processes keep those functions in. It also keeps
 # the function of the run that the worker is serving.
@@ -738,7 +738,7 @@ _WORKER_MODULE = "_joblib_batches"
 
 
 def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
-    """Return what runs in workers. It refers to nothing of this module."""
+    """Return what runs in workers."""
 
     def run_batch(task_func: Any, *tasks: Any) -> tuple[list[Any], Any]:
         """Return the results, and of the task that ended the batch what to say."""
@@ -748,7 +748,7 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
             for task in tasks:
                 results.append(task_func(task))
         except BaseException as error:
-            # No variable of this frame, which it refers to, may refer to it.
+            # Its traceback refers to this frame, of which no variable may refer to it.
             what = len(results), shown(task)
             return results, (*what, pack(error) if packs_errors else error)
         return results, None
@@ -814,7 +814,7 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
     def function_of(key: str, payload: Any) -> Any:
         """Return the function of the run *key*; unpickle it once, and keep no other."""
         module: Any = sys.modules.setdefault(
-            "_joblib_batches", types.ModuleType("_joblib_batches")
+            _WORKER_MODULE, types.ModuleType(_WORKER_MODULE)
         )
         if getattr(module, "key", None) != key:
             module.key = module.function = None
@@ -839,7 +839,7 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
         signal.set_wakeup_fd(-1)
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        module: Any = types.ModuleType("_joblib_batches")
+        module: Any = types.ModuleType(_WORKER_MODULE)
         module.run_batch, module.function_of = run_batch, function_of
         sys.modules[module.__name__] = module
         try:
@@ -1331,8 +1331,10 @@ class _Run:
         return cast(BaseException, error)
 
     def timeout_error(self) -> _TaskTimeoutError:
-        count = sum(batch.size for batch in self.out.values())
-        oldest = min(self.out.values(), key=operator.attrgetter("first"))
+        early = self.inbox.early  # in order, these wait for the others
+        out = [batch for number, batch in self.out.items() if number not in early]
+        count = sum(batch.size for batch in out)
+        oldest = min(out, key=operator.attrgetter("first"))
         report = oldest.report()
         task = report.tasks[0] if report is not None and report.tasks else None
         return _TaskTimeoutError(

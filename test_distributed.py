@@ -3833,7 +3833,7 @@ def test_speed(benchmark, table, title):
         collections.deque(run(function, iter(tasks)), maxlen=0)
         return time.perf_counter() - start
 
-    rounds = 15 if function is trivial else 5
+    rounds = 9 if function is trivial else 5
     take_turns(benchmark, table, title, contenders, measure, rounds)
 
 
