@@ -1103,8 +1103,8 @@ def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
             raise error
     finally:
         source.error = None
+        end()  # here, since Python drops an interrupt of what the collector calls
         del error, run, source  # as its traceback refers to this frame
-        end()
 
 
 class _Inbox:

@@ -2456,10 +2456,7 @@ def test_an_interrupt_at_the_terminal_prints_nothing(program, tmp_path, backend)
     assert output_of(process) == "interrupted\n"
 
 
-@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
-def test_an_interrupt_at_the_terminal_while_workers_start_prints_nothing(
-    program, backend
-):
+def test_an_interrupt_at_the_terminal_while_workers_start_prints_nothing(program):
     source = """
         import sys
         from yourpackage.distributed import Joblib
@@ -2467,13 +2464,13 @@ def test_an_interrupt_at_the_terminal_while_workers_start_prints_nothing(
         if __name__ == "__main__":
             print("begins", flush=True)
             try:
-                list(Joblib.setup(abs, range(9), num_workers=4, backend=sys.argv[1]))
+                list(Joblib.setup(abs, range(9), num_workers=4))
                 sys.stdin.read()
             except KeyboardInterrupt:
                 pass
     """
     for delay in (0.05, 0.15, 0.3):
-        process = program(source, backend)
+        process = program(source)
         assert process.stdout.readline() == "begins\n"
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)  # the workers, too
@@ -2745,8 +2742,11 @@ INTERRUPTED = """
         for _ in range(count):
             thread = threading.Thread(target=interrupt, args=(chance.uniform(0, 0.3),))
             try:
-                thread.start()
-                list(Joblib.setup(time.sleep, [0.001] * 999, 2, backend=backend))
+                if backend != "multiprocessing":
+                    thread.start()
+                for result in Joblib.setup(time.sleep, [0.001] * 999, 2, backend=backend):
+                    if thread.ident is None:
+                        thread.start()  # not while this process forks
                 time.sleep(60)
             except KeyboardInterrupt:
                 interrupts += 1
