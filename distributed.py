@@ -1421,17 +1421,16 @@ _most_idle = 3  # pools; none in a fork, which may end without any clean-up, or 
 _inherited: list[Any] = []  # what a fork has of its parent, which must not be collected
 
 
-def _call_in_thread(function: Callable[[], object]) -> threading.Thread | None:
+def _call_in_thread(function: Callable[[], object]) -> None:
     """Start *function* in a thread; call it here if no thread can be started."""
     thread = threading.Thread(target=function, daemon=True)
     try:
         if not sys.is_finalizing():
             thread.start()
-            return thread
+            return
     except RuntimeError:  # a limit is reached, or the interpreter exits
         pass
     function()
-    return None
 
 
 def _at_exit() -> None:
@@ -1479,8 +1478,8 @@ def _at_exit_before_loky(process: int) -> None:
     _private(threading, "_register_atexit")(_at_exit)
     _private(multiprocessing.process, "_children")  # which a fork will need
     _private(_loky("process_executor"), "_threads_wakeups")
-    # It means to register its own once, and does so again for each executor, since what
-    # it remembers is None (joblib 1.5.0 to 1.6.0). They would come before ours.
+    # loky means to register its own once, and does so again for each executor, since
+    # what it remembers is None (joblib 1.5.0 to 1.6.0). They would come before ours.
     _loky("process_executor").process_pool_executor_at_exit = _at_exit
 
 
@@ -1942,8 +1941,10 @@ _pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all that have not been col
 
 def _take_pool(key: Any) -> _Pool | None:
     """Return idle workers of these settings, if there are any."""
+    if key is None:  # it may not be compared
+        return None
     for pool in list(_idle_pools):
-        if key is not None and pool.key == key:
+        if pool.key == key:
             try:
                 _idle_pools.remove(pool)
             except ValueError:  # another thread has taken it

@@ -2411,24 +2411,26 @@ def test_reading_on_as_the_interpreter_exits_is_an_error(program):
     )
 
 
+INTERRUPTED_WAIT = """
+    import sys
+    from yourpackage.distributed import Joblib
+
+    if __name__ == "__main__":
+        results = Joblib.setup(eval, sys.argv[2:], num_workers=2, backend=sys.argv[1])
+        try:
+            next(results)
+        except KeyboardInterrupt:
+            print("interrupted")
+        print(*sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend=sys.argv[1])))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT])
 @pytest.mark.parametrize("backend", LOCAL)
 def test_an_interrupt_ends_the_wait(program, tmp_path, backend, number):
-    source = """
-        import sys
-        from yourpackage.distributed import Joblib
-
-        if __name__ == "__main__":
-            results = Joblib.setup(eval, sys.argv[2:], num_workers=2, backend=sys.argv[1])
-            try:
-                next(results)
-            except KeyboardInterrupt:
-                print("interrupted")
-            print(*sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend=sys.argv[1])))
-    """
     folder = tmp_path / "pids"
     folder.mkdir()
-    process = program(source, backend, *[block(folder)] * 9)
+    process = program(INTERRUPTED_WAIT, backend, *[block(folder)] * 9)
     wait_until(lambda: pids_in(folder))
     process.send_signal(number)
     assert output_of(process) == "interrupted\n1 2\n"
@@ -2437,23 +2439,12 @@ def test_an_interrupt_ends_the_wait(program, tmp_path, backend, number):
 
 @pytest.mark.parametrize("backend", LOCAL)
 def test_an_interrupt_at_the_terminal_prints_nothing(program, tmp_path, backend):
-    source = """
-        import sys
-        from yourpackage.distributed import Joblib
-
-        if __name__ == "__main__":
-            results = Joblib.setup(eval, sys.argv[2:], num_workers=2, backend=sys.argv[1])
-            try:
-                next(results)
-            except KeyboardInterrupt:
-                print("interrupted")
-    """
     folder = tmp_path / "pids"
     folder.mkdir()
-    process = program(source, backend, *[block(folder)] * 9)
+    process = program(INTERRUPTED_WAIT, backend, *[block(folder)] * 9)
     wait_until(lambda: pids_in(folder))
     os.killpg(process.pid, signal.SIGINT)  # the workers, too
-    assert output_of(process) == "interrupted\n"
+    assert output_of(process) == "interrupted\n1 2\n"
 
 
 def test_an_interrupt_at_the_terminal_while_workers_start_prints_nothing(program):
