@@ -2141,7 +2141,7 @@ class _Processes(_Engine):
             last = pool.complaint.strip().splitlines()[-1]
             error = BrokenExecutor(f"the initializer has failed in a worker: {last}")
             _set_cause(error, pool.complaint.strip())
-        elif pool.unannounced > 0:
+        elif pool.unannounced > 0 and error.__cause__ is None:
             names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
             hidden = ", ".join(filter(os.path.exists, names)) or "none"
             _set_cause(
