@@ -608,6 +608,13 @@ def _evaluated(pre_dispatch: Any, workers: int) -> float:
     return int(pre_dispatch)
 
 
+def _most_batches(pre_dispatch: Any, workers: int) -> float:
+    batches = _evaluated(pre_dispatch, workers)
+    if batches < 1:
+        raise ValueError(f"pre_dispatch={pre_dispatch!r} comes to {batches}")
+    return batches
+
+
 def _check_formula(formula: str, n_jobs: int) -> None:
     """Raise an error if joblib can make no number of batches of *formula*."""
     workers = n_jobs if n_jobs > 1 else 64  # stands for a number that is not known yet
@@ -969,7 +976,7 @@ def _add_note(error: BaseException, note: str) -> None:
 #   |  4 hand out    +--> results --> yield |
 #   +---------------------------------------+
 #
-#   a thread that ends a run: _Run.end() -> _Run.clean_up()
+#   a thread that ends a run: _Lifetime.end() -> _Run.clean_up()
 #
 # That is all of it: one loop, in the thread that calls next(). The loop draws tasks
 # until as many batches are out as *pre_dispatch* says, waits for a report, hands out
@@ -1214,149 +1221,51 @@ class _Batch(NamedTuple):
     report: weakref.ref[_Report]
 
 
-class _Run:
-    """One call of `Joblib.setup`, but for its function and its tasks (see _Source).
+def _error_of_task(first: int, index: int, shown: str | None, error: Any) -> Any:
+    """Return what a task of a batch has raised, with a note that says which task."""
+    note = _task_note(first + index, shown)
+    if not isinstance(error, BaseException):
+        error = _unpacked_error(error, note)
+    _add_note(error, note)
+    return error
 
-    Any thread may call `end`, which has `clean_up` called in a thread of its own; all
-    other methods are for the consumer's thread.
+
+def _timeout_error(
+    timeout: Any, out: dict[int, _Batch], early: Iterable[int]
+) -> _TaskTimeoutError:
+    batches = [out[number] for number in out.keys() - early]
+    oldest = min(batches, key=operator.attrgetter("first"))
+    report = oldest.report()
+    task = report.tasks[0] if report is not None and report.tasks else None
+    return _TaskTimeoutError(
+        f"no task has completed within the timeout of {timeout!r} seconds. "
+        f"{sum(batch.size for batch in batches)} are out, of which the oldest is: "
+        + _task_note(oldest.first, _shown(task))
+    )
+
+
+class _Lifetime:
+    """Who reads a run, and whether it has ended.
+
+    Any thread may call `end`, which has `clean_up` called in a thread of its own; the
+    rest is for the consumer's thread.
     """
 
-    def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
-        n_jobs = _checked_num_workers(num_workers)
-        options = dict(options)
-        backend = _chosen_backend(options)
-        _check_options(options, backend, n_jobs)
-        self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
-        self.timeout: float | None = options.pop("timeout", None)
-        self.engine = _engine_like(backend, self.inbox)
-        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.engine, **options)
-        self.progress: _Progress | None = None
-        self.function: Any = None  # what is sent as the function
-        self.most_out: float = 0  # batches
-        self.ready: deque[list[Any]] = deque()  # drawn, and not yet submitted
-        self.out: dict[int, _Batch] = {}
-        self.numbers = itertools.count()
-        self.submitted = 0  # tasks
-        self.completed: _Batch | None = None  # whose results are being handed out
-        self.results: list[Any] = []  # received, and not yet handed out; reversed
-        self.has_failed = False  # the engine, or somebody in the middle of using it
+    def __init__(self) -> None:
         self.process = 0  # that it was started in
         self.reader = threading.current_thread()  # who has last read it
         self.is_at_work = False  # inside of the engine
         self.end_once = threading.Lock()  # test-and-set: it is never unlocked
         self.ended = threading.Event()  # set if there is nothing to end
         self.ended.set()
+        self.has_failed = False  # the engine, or somebody in the middle of using it
         self.clean_ups = contextlib.ExitStack()  # all of them are done, if one fails
 
-    def start(self, source: _Source) -> bool:
-        """Start the engine. Return whether it has several workers."""
+    def begin(self) -> None:
         self.process = os.getpid()
-        if self.parallel.verbose:
-            self.progress = _Progress(self.parallel.verbose, source.total)
-        with self.at_work():
-            self.ended.clear()
-            _open_runs.add(self)
-            _end_open_runs_at_exit()
-            try:
-                self.parallel.__enter__()
-            except _OneWorker:
-                return False
-            finally:
-                self.clean_ups.push(self.parallel)
-            self.engine.start_call()
-            self.clean_ups.callback(self.engine.stop_call)
-            formula, workers = self.parallel.pre_dispatch, self.engine.workers
-            self.most_out = _evaluated(formula, workers)
-            if self.most_out < 1:
-                raise ValueError(f"pre_dispatch={formula!r} comes to {self.most_out}")
-            self.nested = self.engine.get_nested_backend()
-            self.function = self.engine.send(source.task_func)
-            self.call = joblib.delayed(self.engine.batch_runner())
-        return True
-
-    def dispatch(self, source: _Source) -> bool:
-        """Draw and submit until all is out that may be. Return whether anything is."""
-        with self.at_work():
-            if self.completed is not None:
-                self.note_completion(self.completed)
-            while len(self.out) < self.most_out and not self.has_failed:
-                if not self.ready and not source.is_exhausted:
-                    size, least = self.batch_sizes()
-                    self.ready.extend(source.draw(size, self.engine.workers, least))
-                if not self.ready:
-                    break
-                self.submit(self.ready.popleft())
-        return bool(self.out)
-
-    def submit(self, tasks: list[Any]) -> None:
-        report = _Report(self.inbox, next(self.numbers), tasks)
-        pickled = functools.partial(self.engine.note_pickling, report)
-        calls = joblib.parallel.BatchedCalls(tasks, self.nested, pickled)
-        # One call a batch: a call a task takes several times longer to make, to send
-        # and to unpickle.
-        calls.items = [self.call(self.function, *tasks)]
-        first, self.submitted = self.submitted, self.submitted + len(tasks)
-        batch = _Batch(first, len(tasks), time.monotonic(), weakref.ref(report))
-        self.out[report.number] = batch
-        try:
-            self.engine.submit(calls, callback=report)
-        except Exception as error:
-            # To be raised after the results that came before it.
-            report(_Failure(error))
-            self.has_failed = True
-
-    def next_batch(self) -> tuple[list[Any], BaseException | None]:
-        """Wait for a batch. Return its results, reversed, and an error."""
-        with self.at_work():
-            try:
-                number, outcome = self.inbox.take(self.timeout, self.engine.fault)
-            except queue.Empty:
-                raise self.timeout_error() from None
-            if number is not None:
-                self.completed = self.out.pop(number)
-            try:
-                self.results, failure = self.engine.results_of(outcome)
-            except BaseException as error:
-                self.has_failed = True
-                return [], error.with_traceback(None)
-        self.results.reverse()
-        return self.results, failure and self.error_of_task(*failure)
-
-    def error_of_task(self, index: int, shown: str | None, error: Any) -> BaseException:
-        """Return what a task has raised, with a note that says which task."""
-        note = _task_note(cast(_Batch, self.completed).first + index, shown)
-        if not isinstance(error, BaseException):
-            error = _unpacked_error(error, note)
-        _add_note(error, note)
-        return cast(BaseException, error)
-
-    def timeout_error(self) -> _TaskTimeoutError:
-        early = self.inbox.early  # in order, these wait for the others
-        out = [batch for number, batch in self.out.items() if number not in early]
-        count = sum(batch.size for batch in out)
-        oldest = min(out, key=operator.attrgetter("first"))
-        report = oldest.report()
-        task = report.tasks[0] if report is not None and report.tasks else None
-        return _TaskTimeoutError(
-            f"no task has completed within the timeout of {self.timeout!r} seconds. "
-            f"{count} are out, of which the oldest is: "
-            + _task_note(oldest.first, _shown(task))
-        )
-
-    def note_completion(self, batch: _Batch) -> None:
-        """Let joblib reckon the size of batches; it counts the time of reading, too."""
-        self.completed = None
-        self.engine.batch_completed(batch.size, time.monotonic() - batch.submitted)
-        if self.progress is not None:
-            self.progress.add(batch.size)
-
-    def batch_sizes(self) -> tuple[int, int]:
-        """Return the size of the next batches, and the least at the end of the tasks."""
-        if self.parallel.batch_size != "auto":
-            return int(self.parallel.batch_size), 1
-        size = int(self.engine.compute_batch_size())
-        # Few that last a moment are shared out in less time than many.
-        return size, max(1, self.engine.tasks_of_short_batch())
+        self.ended.clear()
+        _open_runs.add(cast(_Run, self))
+        _end_open_runs_at_exit()
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -1381,30 +1290,131 @@ class _Run:
         if self.ended.is_set() or self.process != os.getpid():
             return
         if self.end_once.acquire(blocking=False):
-            _call_in_thread(self.clean_up)
+            _call_in_thread(self._end)
         me = threading.current_thread()
         is_busy = any(run.is_at_work and run.reader is me for run in list(_open_runs))
         if self.reader is me and not is_busy:
             self.ended.wait(timeout=10)
 
+    def _end(self) -> None:
+        try:
+            self.clean_up()
+        finally:
+            _open_runs.discard(cast(_Run, self))
+            self.ended.set()
+
+    def clean_up(self) -> None:
+        """Stop what was started."""
+        raise NotImplementedError
+
+
+class _Run(_Lifetime):
+    """One call of `Joblib.setup`, but for its function and its tasks (see _Source).
+
+    All but `clean_up` is for the consumer's thread.
+    """
+
+    def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
+        super().__init__()
+        n_jobs = _checked_num_workers(num_workers)
+        backend = _chosen_backend(options)
+        _check_options(options, backend, n_jobs)
+        self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
+        self.timeout: float | None = options.pop("timeout", None)
+        self.engine = _engine_like(backend, self.inbox)
+        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.engine, **options)
+        self.progress: _Progress | None = None
+        self.most_out: float = 0  # batches
+        self.ready: deque[list[Any]] = deque()  # drawn, and not yet submitted
+        self.out: dict[int, _Batch] = {}
+        self.numbers = itertools.count()
+        self.submitted = 0  # tasks
+        self.completed: _Batch | None = None  # whose results are being handed out
+        self.results: list[Any] = []  # received, and not yet handed out; reversed
+
+    def start(self, source: _Source) -> bool:
+        """Start the engine. Return whether it has several workers."""
+        if self.parallel.verbose:
+            self.progress = _Progress(self.parallel.verbose, source.total)
+        self.begin()
+        with self.at_work():
+            try:
+                self.parallel.__enter__()
+            except _OneWorker:
+                return False
+            finally:
+                self.clean_ups.push(self.parallel)
+            self.engine.start_call()
+            self.clean_ups.callback(self.engine.stop_call)
+            formula, workers = self.parallel.pre_dispatch, self.engine.workers
+            self.most_out = _most_batches(formula, workers)
+            self.engine.get_ready_for(source.task_func)
+        return True
+
+    def dispatch(self, source: _Source) -> bool:
+        """Draw and submit until all is out that may be. Return whether anything is."""
+        with self.at_work():
+            if self.completed is not None:
+                self.note_completion(self.completed)
+            while len(self.out) < self.most_out and not self.has_failed:
+                if not self.ready and not source.is_exhausted:
+                    size, least = self.engine.batch_sizes(self.parallel.batch_size)
+                    self.ready.extend(source.draw(size, self.engine.workers, least))
+                if not self.ready:
+                    break
+                self.submit(self.ready.popleft())
+        return bool(self.out)
+
+    def submit(self, tasks: list[Any]) -> None:
+        report = _Report(self.inbox, next(self.numbers), tasks)
+        first, self.submitted = self.submitted, self.submitted + len(tasks)
+        batch = _Batch(first, len(tasks), time.monotonic(), weakref.ref(report))
+        self.out[report.number] = batch
+        try:
+            self.engine.submit(self.engine.calls_of(report), callback=report)
+        except Exception as error:
+            # To be raised after the results that came before it.
+            report(_Failure(error))
+            self.has_failed = True
+
+    def next_batch(self) -> tuple[list[Any], BaseException | None]:
+        """Wait for a batch. Return its results, reversed, and an error."""
+        with self.at_work():
+            try:
+                number, outcome = self.inbox.take(self.timeout, self.engine.fault)
+            except queue.Empty:
+                early = self.inbox.early  # in order, these wait for the others
+                raise _timeout_error(self.timeout, self.out, early) from None
+            if number is not None:
+                self.completed = self.out.pop(number)
+            try:
+                self.results, failure = self.engine.results_of(outcome)
+            except BaseException as error:
+                self.has_failed = True
+                return [], error.with_traceback(None)
+        first = cast(_Batch, self.completed).first
+        return self.results, failure and _error_of_task(first, *failure)
+
+    def note_completion(self, batch: _Batch) -> None:
+        """Let joblib reckon the size of batches; it counts the time of reading, too."""
+        self.completed = None
+        self.engine.batch_completed(batch.size, time.monotonic() - batch.submitted)
+        if self.progress is not None:
+            self.progress.add(batch.size)
+
     def clean_up(self) -> None:
         """Call off what is out, stop the workers or keep them for the next run."""
-        try:
-            if self.out or self.has_failed:
-                abort = self.engine.abort_everything
-                self.clean_ups.callback(abort, ensure_ready=False)
-            self.clean_ups.close()
-            self.engine.parallel = None  # which refers to the engine
-        finally:
-            _open_runs.discard(self)
-            self.ended.set()
+        if self.out or self.has_failed:
+            self.clean_ups.callback(self.engine.abort_everything, ensure_ready=False)
+        self.clean_ups.close()
+        self.engine.parallel = None  # which refers to the engine
 
 
 # --------------------------------------------------------------------------------------
 # Ending runs.
 #
 # However a run ends (`finally` of _results, the finalizer of its source, or a hook at
-# exit), _Run.end is called. In a thread of its own that calls _Run.clean_up: what is
+# exit), its `end` is called. In a thread of its own that calls _Run.clean_up: what is
 # out is called off by `abort_everything` of the engine, which stops workers that are
 # busy; `stop_call` and `terminate` follow, as with joblib.
 #
@@ -1544,7 +1554,50 @@ def _private(owner: Any, name: str) -> Any:
 
 
 # To a type checker the base could be anything: hence the "ignore".
-class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
+class _BatchSizes(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
+    """Reckons the size of batches as joblib does, and faster; in the consumer's thread."""
+
+    effective_batch_size = 1
+    wanted_batch_size: int = 1  # by joblib's own reckoning
+    last_duration: float = math.inf
+    task_weight: float = 0  # bytes of arrays in a task, if known
+
+    def compute_batch_size(self) -> int:
+        size = super().compute_batch_size()
+        # joblib doubles the size at each step. It is told how long a batch of the new
+        # size would take, and takes the next step, too, if that is next to no time.
+        while size > self.wanted_batch_size:
+            self.last_duration *= size / self.wanted_batch_size
+            self.wanted_batch_size = size
+            if self.last_duration < _SHORT_BATCH:
+                super().batch_completed(size, self.last_duration)
+                size = super().compute_batch_size()
+        self.wanted_batch_size = size
+        most = _LARGEST_BATCH
+        if self.task_weight * most > _HEAVIEST_BATCH:
+            most = max(1, int(_HEAVIEST_BATCH / self.task_weight))
+        self.effective_batch_size = min(self.wanted_batch_size, most)
+        return self.effective_batch_size
+
+    def batch_sizes(self, batch_size: Any) -> tuple[int, int]:
+        """Return the size of the next batches, and the least at the end of the tasks."""
+        if batch_size != "auto":
+            return int(batch_size), 1
+        size = int(self.compute_batch_size())
+        # Few that last a moment are shared out in less time than many.
+        least = int(_SHORT_BATCH * self.wanted_batch_size / self.last_duration)
+        return size, max(1, least)
+
+    def batch_completed(self, batch_size: int, duration: float) -> None:
+        if batch_size == self.effective_batch_size < self.wanted_batch_size:
+            # joblib wants to know of a batch of the size that it has asked for.
+            duration *= self.wanted_batch_size / batch_size
+            batch_size = self.wanted_batch_size
+        self.last_duration = max(duration, 1e-6)  # some clocks tick seldom
+        super().batch_completed(batch_size, duration)
+
+
+class _Engine(_BatchSizes):
     """Mixed into the class of a joblib backend: what the loop asks of it.
 
     All but `abort_everything`, `stop_call` and `terminate`, which are called in the
@@ -1554,10 +1607,20 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     more_options: frozenset[str] = frozenset()  # that no signature tells of
     inbox: _Inbox
     workers = 1
-    effective_batch_size = 1
-    wanted_batch_size: int = 1  # by joblib's own reckoning
-    last_duration: float = math.inf
-    task_weight: float = 0  # bytes of arrays in a task, if known
+
+    def get_ready_for(self, task_func: Callable[[Any], Any]) -> None:
+        self.nested = self.get_nested_backend()
+        self.function = self.send(task_func)
+        self.call = joblib.delayed(self.batch_runner())
+
+    def calls_of(self, report: _Report) -> Any:
+        """Return what joblib's backends take as a batch."""
+        pickled = functools.partial(self.note_pickling, report)
+        calls = joblib.parallel.BatchedCalls(report.tasks, self.nested, pickled)
+        # One call a batch: a call a task takes several times longer to make, to send
+        # and to unpickle.
+        calls.items = [self.call(self.function, *report.tasks)]
+        return calls
 
     def batch_runner(self) -> Any:
         """Return the function that runs a batch."""
@@ -1591,43 +1654,19 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
         return self.workers
 
     def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
-        """Return what run_batch returned for a batch, or raise the engine's error."""
+        """Return the results of a batch, reversed, and an error of its tasks, packed.
+
+        An error of the engine is raised.
+        """
         if isinstance(outcome, _Failure):
             raise outcome.error
         ((results, failure),) = self.retrieve_result_callback(outcome)
+        results.reverse()
         return results, failure
 
     def fault(self) -> Exception | None:
         """Return an error if the engine has died, and will report nothing more."""
         return None
-
-    def compute_batch_size(self) -> int:
-        size = super().compute_batch_size()
-        # joblib doubles the size at each step. It is told how long a batch of the new
-        # size would take, and takes the next step, too, if that is next to no time.
-        while size > self.wanted_batch_size:
-            self.last_duration *= size / self.wanted_batch_size
-            self.wanted_batch_size = size
-            if self.last_duration < _SHORT_BATCH:
-                super().batch_completed(size, self.last_duration)
-                size = super().compute_batch_size()
-        self.wanted_batch_size = size
-        most = _LARGEST_BATCH
-        if self.task_weight * most > _HEAVIEST_BATCH:
-            most = max(1, int(_HEAVIEST_BATCH / self.task_weight))
-        self.effective_batch_size = min(self.wanted_batch_size, most)
-        return self.effective_batch_size
-
-    def tasks_of_short_batch(self) -> int:
-        return int(_SHORT_BATCH * self.wanted_batch_size / self.last_duration)
-
-    def batch_completed(self, batch_size: int, duration: float) -> None:
-        if batch_size == self.effective_batch_size < self.wanted_batch_size:
-            # joblib wants to know of a batch of the size that it has asked for.
-            duration *= self.wanted_batch_size / batch_size
-            batch_size = self.wanted_batch_size
-        self.last_duration = max(duration, 1e-6)  # some clocks tick seldom
-        super().batch_completed(batch_size, duration)
 
 
 def _is_registered(backend: Any, name: str) -> bool:
@@ -1783,12 +1822,10 @@ class _Files:
             self.folder = None
 
 
-class _Pool:
+class _Workers:
     """Worker processes, which serve one run at a time: an executor of loky.
 
-    The consumer's thread takes it, submits to it and asks whether it is sound; the
-    thread that ends the run keeps, stops or kills it. In loky's manager thread
-    _kill_workers is called.
+    The consumer's thread makes it, submits to it and asks what is wrong with it.
     """
 
     def __init__(
@@ -1812,7 +1849,7 @@ class _Pool:
         self.start_method = options["context"] and options["context"].get_start_method()
         self.table = _private(self.executor, "_processes")
         self.manager: Any = None  # loky's thread
-        _pools.add(self)
+        _pools.add(cast(_Pool, self))
 
     def processes(self) -> list[Any]:
         return list(self.table.values())
@@ -1872,6 +1909,34 @@ class _Pool:
         if not self.manager.is_alive():
             return RuntimeError("loky has stopped working: its manager thread has died")
         return None
+
+
+def _explained(error: BaseException, pool: _Workers) -> BaseException:
+    """Return the error of a worker that died, with what is known of the reason."""
+    if not isinstance(error, BrokenExecutor):
+        return error
+    pool.hear(0)
+    if pool.complaint:
+        last = pool.complaint.strip().splitlines()[-1]
+        error = BrokenExecutor(f"the initializer has failed in a worker: {last}")
+        _set_cause(error, pool.complaint.strip())
+    elif pool.unannounced > 0 and error.__cause__ is None:
+        names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
+        hidden = ", ".join(filter(os.path.exists, names)) or "none"
+        _set_cause(
+            error,
+            "A worker has died as it started. Files of the current directory that "
+            f"hide modules of Python, which it may need: {hidden}",
+        )
+    return error
+
+
+class _Pool(_Workers):
+    """Workers that may serve several runs, one after another.
+
+    The consumer's thread takes it, if it is sound; the thread that ends a run keeps,
+    stops or kills it. In loky's manager thread _kill_workers is called.
+    """
 
     def is_sound(self) -> bool:
         return len(self.table) == self.workers and self.fault() is None
@@ -2127,29 +2192,10 @@ class _Processes(_Engine):
         self.tasks_pickled += len(report.tasks)
 
     def retrieve_result_callback(self, out: Any) -> Any:
-        if out.exception() is not None:
-            raise self.explained(out.exception())
-        return out.result()
-
-    def explained(self, error: BaseException) -> BaseException:
-        """Return the error of a worker that died, with what is known of the reason."""
-        if not isinstance(error, BrokenExecutor):
-            return error
-        pool: _Pool = self.pool
-        pool.hear(0)
-        if pool.complaint:
-            last = pool.complaint.strip().splitlines()[-1]
-            error = BrokenExecutor(f"the initializer has failed in a worker: {last}")
-            _set_cause(error, pool.complaint.strip())
-        elif pool.unannounced > 0 and error.__cause__ is None:
-            names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
-            hidden = ", ".join(filter(os.path.exists, names)) or "none"
-            _set_cause(
-                error,
-                "A worker has died as it started. Files of the current directory that "
-                f"hide modules of Python, which it may need: {hidden}",
-            )
-        return error
+        error, pool = out.exception(), self.pool
+        if error is None:
+            return out.result()
+        raise error if pool is None else _explained(error, pool)
 
     def fault(self) -> Exception | None:
         return None if self.pool is None else self.pool.fault()
