@@ -381,9 +381,9 @@ class Joblib(DistributedBackend):
             timeout : float, optional
                 Seconds. When the consumer has waited for that long and no batch has
                 completed, the run ends with an error: it must be longer than a batch
-                takes, and one task that is stuck counts when all others are done. The start of the workers and
-                their imports count, too. Default: wait for ever. Ignored with one
-                worker.
+                takes, and one task that is stuck counts when all others are done. The
+                start of the workers and their imports count, too. Default: wait for
+                ever. Ignored with one worker.
             batch_size : int or "auto", default "auto"
                 Tasks sent to a worker at once; fewer towards the end of the tasks, so
                 that all workers have some. "auto" starts with 1 and grows for as
@@ -1196,8 +1196,9 @@ class _Progress:
 class _Report:
     """What an engine calls, once, with the outcome of a batch, in any thread.
 
-    Until then it keeps the tasks, and arrays that lie in files for it. It refers to nothing of the run but the inbox: see
-    _Source; and afterwards to nothing, since the outcome may refer to it.
+    Until then it keeps the tasks, and arrays that lie in files for it. It refers to
+    nothing of the run but the inbox: see _Source; and afterwards to nothing, since the
+    outcome may refer to it.
     """
 
     def __init__(self, inbox: _Inbox, number: int, tasks: list[Any]) -> None:
@@ -1262,7 +1263,7 @@ class _Lifetime:
         self.clean_ups = contextlib.ExitStack()  # all of them are done, if one fails
 
     def begin(self) -> None:
-        self.process = os.getpid()
+        self.process, self.reader = os.getpid(), threading.current_thread()
         self.ended.clear()
         _open_runs.add(cast(_Run, self))
         _end_open_runs_at_exit()

@@ -532,6 +532,7 @@ def test_a_stop_iteration_of_a_task_is_an_error(any_setup):
     assert type(error.__cause__) is StopIteration
 
 
+@pytest.mark.locally
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"batch_size": 7}])
 def test_an_error_of_the_tasks_comes_after_all_results(any_setup, options):
     def tasks():
@@ -543,6 +544,7 @@ def test_an_error_of_the_tasks_comes_after_all_results(any_setup, options):
     assert error.args == ("no more", 30)
 
 
+@pytest.mark.locally
 @pytest.mark.parametrize("options", [{}, {"pre_dispatch": "all"}])
 def test_tasks_may_raise_what_ends_a_generator(any_setup, options):
     def tasks():
@@ -554,6 +556,7 @@ def test_tasks_may_raise_what_ends_a_generator(any_setup, options):
     assert error is not None
 
 
+@pytest.mark.locally
 def test_an_interrupt_of_the_tasks_comes_at_once(setup):
     def tasks():
         yield value(1)
@@ -577,6 +580,7 @@ def test_runs_can_be_chained(setup, depth, return_as):
     assert Counter(stage) == Counter(range(200))
 
 
+@pytest.mark.locally
 def test_runs_can_be_interleaved(setup):
     one, two = setup(abs, range(100)), setup(abs, range(100, 200))
     pairs = list(zip(one, two, strict=True))
@@ -816,6 +820,7 @@ def test_a_private_name_that_has_vanished_is_a_clear_error(program, name):
     assert output.startswith(f"{name}, which is needed "), output
 
 
+@pytest.mark.locally
 def test_a_run_can_be_read_by_one_thread_after_another(setup):
     results = setup(abs, range(100))
     received = []
@@ -829,6 +834,7 @@ def test_a_run_can_be_read_by_one_thread_after_another(setup):
     assert sorted(received) == list(range(100))
 
 
+@pytest.mark.locally
 def test_runs_can_be_read_in_threads(setup):
     received = []
 
@@ -843,6 +849,7 @@ def test_runs_can_be_read_in_threads(setup):
     assert received == [4950] * 4
 
 
+@pytest.mark.locally
 def test_a_run_can_be_closed_in_another_thread(stoppable_setup, tmp_path):
     results = stoppable_setup(eval, [value(1), *[block(tmp_path)] * 9])
     reader = threading.Thread(target=next, args=(results,))
@@ -1208,12 +1215,14 @@ def test_timeout(setup, tmp_path):
     assert sorted(setup(abs, [-1, -2], timeout=60)) == [1, 2]
 
 
+@pytest.mark.locally
 def test_timeout_is_for_the_wait_not_for_the_run(setup, tmp_path):
     list(setup(abs, range(9)))  # the start of the workers would count
     tasks = [f"(__import__('time').sleep(0.5), {task})[1]" for task in range(12)]
     assert sorted(setup(eval, tasks, timeout=2, batch_size=1)) == list(range(12))
 
 
+@pytest.mark.locally
 def test_timeout_of_nothing_and_of_more_than_a_life(setup, tmp_path):
     for timeout in (0, 1e-9):
         with pytest.raises(TimeoutError):
