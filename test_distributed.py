@@ -36,7 +36,12 @@ import typing
 import warnings
 import weakref
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from pathlib import Path
 
 import joblib
@@ -2141,6 +2146,19 @@ def test_standard_streams_may_be_closed(program, tmp_path, closed, way):
     program(source, closed, way).wait()
     totals = (tmp_path / "total.txt").read_text().split()
     assert totals == ["36"] * (2 if way == "object" else 3)
+
+
+def test_an_error_that_arrives_when_the_workers_are_gone_is_raised_as_it_is():
+    results = Joblib.setup(abs, range(99), num_workers=2, batch_size=1)
+    next(results)
+    run = results.gi_frame.f_locals["run"]
+    late = Future()
+    late.set_exception(BrokenExecutor("late"))
+    pool, run.engine.pool = run.engine.pool, None
+    with pytest.raises(BrokenExecutor, match="late"):
+        run.engine.retrieve_result_callback(late)
+    run.engine.pool = pool
+    results.close()
 
 
 def test_an_initializer_that_raises_is_shown(processes, capfd):
