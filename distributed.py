@@ -953,7 +953,9 @@ def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any
 
 
 def _add_note(error: BaseException, note: str) -> None:
-    with contextlib.suppress(Exception):  # Python 3.10, or a class that refuses it
+    # Python 3.10, of which a type checker knows that it has no notes, or a class that
+    # refuses them.
+    with contextlib.suppress(Exception):
         error.add_note(note)  # type: ignore[attr-defined, unused-ignore]
 
 
@@ -1252,6 +1254,9 @@ class _Lifetime:
     rest is for the consumer's thread.
     """
 
+    inbox: _Inbox
+    results: list[Any]
+
     def __init__(self) -> None:
         self.process = 0  # that it was started in
         self.reader = threading.current_thread()  # who has last read it
@@ -1265,7 +1270,7 @@ class _Lifetime:
     def begin(self) -> None:
         self.process, self.reader = os.getpid(), threading.current_thread()
         self.ended.clear()
-        _open_runs.add(cast(_Run, self))
+        _open_runs.add(self)
         _end_open_runs_at_exit()
 
     @contextlib.contextmanager
@@ -1301,7 +1306,7 @@ class _Lifetime:
         try:
             self.clean_up()
         finally:
-            _open_runs.discard(cast(_Run, self))
+            _open_runs.discard(self)
             self.ended.set()
 
     def clean_up(self) -> None:
@@ -1331,7 +1336,7 @@ class _Run(_Lifetime):
         self.numbers = itertools.count()
         self.submitted = 0  # tasks
         self.completed: _Batch | None = None  # whose results are being handed out
-        self.results: list[Any] = []  # received, and not yet handed out; reversed
+        self.results = []  # received, and not yet handed out; reversed
 
     def start(self, source: _Source) -> bool:
         """Start the engine. Return whether it has several workers."""
@@ -1426,7 +1431,7 @@ class _Run(_Lifetime):
 # hook of `threading`, which comes before those of `atexit`; a child process of
 # multiprocessing waits for its own children before both.
 
-_open_runs: set[_Run] = set()
+_open_runs: set[_Lifetime] = set()
 _idle_pools: list[_Pool] = []  # only ever changed by atomic calls, so needs no lock
 _most_idle = 3  # pools; none in a fork, which may end without any clean-up, or at exit
 _inherited: list[Any] = []  # what a fork has of its parent, which must not be collected
@@ -1554,7 +1559,7 @@ def _private(owner: Any, name: str) -> Any:
         raise RuntimeError(f"{message} ({versions}): use another version") from None
 
 
-# To a type checker the base could be anything: hence the "ignore".
+# To a type checker the base could be anything: hence the "ignore", here and below.
 class _BatchSizes(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     """Reckons the size of batches as joblib does, and faster; in the consumer's thread."""
 
@@ -1850,7 +1855,7 @@ class _Workers:
         self.start_method = options["context"] and options["context"].get_start_method()
         self.table = _private(self.executor, "_processes")
         self.manager: Any = None  # loky's thread
-        _pools.add(cast(_Pool, self))
+        _pools.add(self)
 
     def processes(self) -> list[Any]:
         return list(self.table.values())
@@ -2002,7 +2007,7 @@ class _Pool(_Workers):
             self.manager.join(timeout=_PATIENCE)
 
 
-_pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all that have not been collected
+_pools: weakref.WeakSet[_Workers] = weakref.WeakSet()  # all that are not collected
 
 
 def _take_pool(key: Any) -> _Pool | None:

@@ -2114,7 +2114,7 @@ def test_an_error_of_the_backend_keeps_its_traceback():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", [[1], [0, 1, 2]])
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
 @pytest.mark.parametrize("way", ["descriptor", "None", "object"])
 def test_standard_streams_may_be_closed(program, tmp_path, closed, way):
     source = """
@@ -2979,7 +2979,7 @@ CHILD = """
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "duration"),
-    [("read", "0.2"), ("left", "0"), ("open", "0.2")],
+    [("read", "0"), ("read", "0.2"), ("left", "0"), ("open", "0.2")],
 )
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_a_child_process_ends_when_it_is_done(program, method, way, duration):
