@@ -356,6 +356,7 @@ def test_tasks_are_drawn_in_the_thread_and_context_of_the_consumer(setup):
     assert set(seen) == {(threading.get_ident(), "consumer's", True)}
 
 
+@pytest.mark.locally
 def test_a_database_cursor_can_feed(setup):
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         counting = "SELECT 0 UNION ALL SELECT n + 1 FROM r WHERE n < 99"
@@ -369,9 +370,13 @@ def test_as_many_tasks_run_at_once_as_there_are_workers(setup, tmp_path):
     assert len(list(setup(eval, tasks))) == 2
 
 
-@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
 @pytest.mark.parametrize(
-    ("batch_size", "pre_dispatch"), [(1, 1), (1, "2 * n_jobs"), (3, 5)]
+    "return_as",
+    [pytest.param("generator", marks=pytest.mark.locally), "generator_unordered"],
+)
+@pytest.mark.parametrize(
+    ("batch_size", "pre_dispatch"),
+    [pytest.param(1, 1, marks=pytest.mark.locally), (1, "2 * n_jobs"), (3, 5)],
 )
 def test_bounded(setup, tmp_path, return_as, batch_size, pre_dispatch):
     drawn = []
@@ -399,6 +404,7 @@ def test_bounded(setup, tmp_path, return_as, batch_size, pre_dispatch):
     results.close()
 
 
+@pytest.mark.locally
 def test_ask_and_tell(setup):
     asked, told, lags = 0, 0, []
 
@@ -592,6 +598,7 @@ def test_runs_can_be_interleaved(setup):
     assert sorted(itertools.chain(*pairs)) == list(range(200))
 
 
+@pytest.mark.slow
 def test_runs_with_other_numbers_of_workers_overlap():
     runs = [Joblib.setup(abs, range(100), num_workers=n) for n in (2, 3, 1, 4)]
     for _ in range(10):
@@ -600,6 +607,7 @@ def test_runs_with_other_numbers_of_workers_overlap():
     assert [len(list(run)) for run in runs] == [90] * 4
 
 
+@pytest.mark.slow
 def test_runs_with_other_options_overlap(tmp_path):
     options = [
         {},
@@ -645,6 +653,7 @@ def test_idle_workers_keep_nothing_of_a_run():
     assert reference() is None
 
 
+@pytest.mark.slow
 def test_idle_workers_are_kept_for_the_next_run():
     Joblib.shutdown()
     pids = pids_of()
@@ -702,6 +711,7 @@ def test_a_directory_that_is_gone_after_a_short_run(program, tmp_path):
     assert output_of(program(source)) == ""
 
 
+@pytest.mark.slow
 def test_an_idle_worker_that_dies_is_replaced():
     for number in (9, 15):
         for pid in (pids := pids_of()):
@@ -1049,6 +1059,7 @@ def test_leaving_is_silent_whatever_loky_has_queued(tmp_path, pre_dispatch, capf
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocked", ["inner", "outer"])
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
 def test_leaving_a_chain_stops_all_of_it(tmp_path, backend, blocked, capfd):
@@ -1072,6 +1083,7 @@ def test_leaving_a_chain_stops_all_of_it(tmp_path, backend, blocked, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_garbage_collector_may_end_a_run_while_another_submits(monkeypatch):
     process_executor = importlib.import_module("joblib.externals.loky.process_executor")
 
@@ -1220,11 +1232,12 @@ def test_timeout(setup, tmp_path):
     assert sorted(setup(abs, [-1, -2], timeout=60)) == [1, 2]
 
 
-@pytest.mark.locally
-def test_timeout_is_for_the_wait_not_for_the_run(setup, tmp_path):
-    list(setup(abs, range(9)))  # the start of the workers would count
+@pytest.mark.slow
+def test_timeout_is_for_the_wait_not_for_the_run():
+    list(Joblib.setup(abs, range(9), 2))  # the start of the workers would count
     tasks = [f"(__import__('time').sleep(0.5), {task})[1]" for task in range(12)]
-    assert sorted(setup(eval, tasks, timeout=2, batch_size=1)) == list(range(12))
+    results = Joblib.setup(eval, tasks, 2, timeout=2, batch_size=1)
+    assert sorted(results) == list(range(12))
 
 
 @pytest.mark.locally
@@ -1593,28 +1606,35 @@ def failing(expression):
     ("expression", "name", "arguments", "attributes"),
     [
         ("SolverFailed('no luck', code=3)", "SolverFailed", ("no luck",), {"code": 3}),
-        ("Doubled(3)", "Doubled", ("failed with 3",), {}),
-        ("Shy(1, 2)", "Shy", (1, 2), {}),
-        ("Falsy('nothing')", "Falsy", ("nothing",), {}),
-        ("Frozen(code=4)", "Frozen", (4,), {"code": 4}),
-        ("Unshown('what')", "Unshown", ("what",), {}),
-        (
-            "NotFound('/nowhere', 4)",
-            "NotFound",
-            (2, "is not there"),
-            {"filename": "/nowhere", "errno": 2, "code": 4},
-        ),
-        (
-            "FileNotFoundError(2, 'gone', 'x')",
-            "FileNotFoundError",
-            (2, "gone"),
-            {"filename": "x"},
-        ),
-        (
-            "ExceptionGroup('g', [KeyError(1)])",
-            "ExceptionGroup",
-            None,
-            {"message": "g"},
+        *(
+            pytest.param(
+                *row, marks=pytest.mark.locally
+            )  # it is packed as the first is
+            for row in [
+                ("Doubled(3)", "Doubled", ("failed with 3",), {}),
+                ("Shy(1, 2)", "Shy", (1, 2), {}),
+                ("Falsy('nothing')", "Falsy", ("nothing",), {}),
+                ("Frozen(code=4)", "Frozen", (4,), {"code": 4}),
+                ("Unshown('what')", "Unshown", ("what",), {}),
+                (
+                    "NotFound('/nowhere', 4)",
+                    "NotFound",
+                    (2, "is not there"),
+                    {"filename": "/nowhere", "errno": 2, "code": 4},
+                ),
+                (
+                    "FileNotFoundError(2, 'gone', 'x')",
+                    "FileNotFoundError",
+                    (2, "gone"),
+                    {"filename": "x"},
+                ),
+                (
+                    "ExceptionGroup('g', [KeyError(1)])",
+                    "ExceptionGroup",
+                    None,
+                    {"message": "g"},
+                ),
+            ]
         ),
     ],
 )
@@ -1863,7 +1883,7 @@ def by_value(cls):
     return names[cls.__name__]
 
 
-@pytest.mark.parametrize("size", [10, 100_000])
+@pytest.mark.parametrize("size", [pytest.param(10, marks=pytest.mark.locally), 100_000])
 @pytest.mark.parametrize("batch_size", [1, pytest.param(5, marks=pytest.mark.locally)])
 def test_the_function_is_sent_once(remembering, size, batch_size):
     model = by_value(Model)("x" * size)
@@ -1990,6 +2010,7 @@ def test_what_is_pickled_when_the_run_has_ended_leaves_nothing(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_workers_that_have_left_for_idleness_come_again():
     results = Joblib.setup(abs, range(40), 2, batch_size=1, idle_worker_timeout=1)
     first = next(results)
@@ -2033,6 +2054,7 @@ def test_batches_of_heavy_tasks_do_not_grow(tmp_path):
     assert max(CountingLoky.submitted) <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a device that is full")
 def test_a_folder_that_is_full_is_an_error(program):
     pytest.importorskip("numpy")
@@ -2169,6 +2191,7 @@ def test_an_initializer_that_raises_is_shown(processes, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_file_that_hides_a_module_of_python_is_named(program, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "random.py").write_text("raise ImportError")
@@ -2366,6 +2389,7 @@ def output_of(process, status=0):
     return output
 
 
+@pytest.mark.slow
 def test_a_copy_in_a_package(program):
     source = """
         import sys
@@ -2382,6 +2406,7 @@ def test_a_copy_in_a_package(program):
     assert output_of(program(source)) == "1 2\n1 2\n[]\n"
 
 
+@pytest.mark.slow
 def test_a_run_in_a_task_of_another(program):
     source = """
         from yourpackage.distributed import Joblib
@@ -2442,6 +2467,7 @@ def test_leaving_the_interpreter_with_a_run_open(program, tmp_path, backend, rea
     wait_until(lambda: not any(map(is_alive, pids_in(folder))))
 
 
+@pytest.mark.slow
 def test_reading_on_as_the_interpreter_exits_is_an_error(program):
     source = """
         import atexit
@@ -2656,6 +2682,7 @@ def workers_of_loky():
     }
 
 
+@pytest.mark.slow
 def test_an_error_of_a_run_in_a_task(program):
     source = """
         from yourpackage.distributed import Joblib
@@ -2774,8 +2801,8 @@ def test_leaving_a_program_that_handles_sigterm(program, backend, way):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", LOCAL)
 def test_interrupts_at_any_time(program, backend):
-    output = output_of(program(INTERRUPTED, backend, 10, 0))
-    assert output == "10 interrupts, 0 left\n"
+    output = output_of(program(INTERRUPTED, backend, 6, 0))
+    assert output == "6 interrupts, 0 left\n"
 
 
 INTERRUPTED = """
@@ -2811,6 +2838,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_loky_gets_a_batch(monkeypatch):
     process_executor = importlib.import_module("joblib.externals.loky.process_executor")
     submit = process_executor.ProcessPoolExecutor.submit
@@ -2844,6 +2872,7 @@ def test_the_error_of_a_dead_worker_is_shown_as_it_is():
     assert names == ["collect", "_results"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_of_loky_that_dies_is_an_error(monkeypatch, tmp_path):
     process_executor = importlib.import_module("joblib.externals.loky.process_executor")
@@ -2927,6 +2956,7 @@ def test_a_fork(program, backend, used, way):
     assert output == ["45", "[] []", "0", "99" if used == "used" else "100"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_of_a_process_that_has_used_the_fork_server(program):
     source = """
@@ -2986,6 +3016,7 @@ def test_a_child_process_ends_when_it_is_done(program, method, way, duration):
     assert output_of(program(CHILD, method, way, duration)) == "0\n"
 
 
+@pytest.mark.slow
 def test_leaving_waits_for_the_thread_that_fills_the_queue_of_loky(program):
     source = """
         import itertools, threading, time
@@ -3050,6 +3081,7 @@ def test_a_fork_that_reads_on_takes_nothing_from_its_parent(
     )
 
 
+@pytest.mark.slow
 def test_a_plain_joblib_beside_does_not_disturb(tmp_path):
     (tmp_path / "started").mkdir()
 
@@ -3388,7 +3420,7 @@ def test_what_the_readme_says_of_others(
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     process = program(COMPARED, situation, peer, warnings="default")
     try:
-        output, errors = process.communicate(timeout=8 if "hang" in expected else None)
+        output, errors = process.communicate(timeout=5 if "hang" in expected else None)
         output = output.strip()
     except subprocess.TimeoutExpired:
         output = "hangs"
@@ -3616,7 +3648,7 @@ def soaked(folder, seed, count, environment=None):
 
 @pytest.mark.slow
 def test_a_short_soak(tmp_path):
-    assert soaked(tmp_path, seed=0, count=20).endswith("clean\n")
+    assert soaked(tmp_path, seed=0, count=10).endswith("clean\n")
 
 
 @pytest.mark.soak
