@@ -598,33 +598,19 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
 }
 
 
-def _evaluated(pre_dispatch: Any, workers: int) -> float:
-    """Return the number of batches that *pre_dispatch* comes to."""
+def _most_batches(pre_dispatch: Any, workers: int) -> float:
+    """Return how many batches *pre_dispatch* comes to, which must be some."""
     if pre_dispatch == "all":
         return math.inf
-    if isinstance(pre_dispatch, str):
-        formula = pre_dispatch.replace("n_jobs", str(workers))
-        pre_dispatch = joblib.parallel.eval_expr(formula)
-    return int(pre_dispatch)
-
-
-def _most_batches(pre_dispatch: Any, workers: int) -> float:
-    batches = _evaluated(pre_dispatch, workers)
-    if batches < 1:
-        raise ValueError(f"pre_dispatch={pre_dispatch!r} comes to {batches}")
-    return batches
-
-
-def _check_formula(formula: str, n_jobs: int) -> None:
-    """Raise an error if joblib can make no number of batches of *formula*."""
-    workers = n_jobs if n_jobs > 1 else 64  # stands for a number that is not known yet
     try:
-        batches = _evaluated(formula, workers)
+        formula = str(pre_dispatch).replace("n_jobs", str(workers))
+        batches = int(joblib.parallel.eval_expr(formula))
     except (ArithmeticError, TypeError, ValueError) as error:
-        message = f"pre_dispatch must be 'all', a number or a formula, got {formula!r}"
-        raise ValueError(message) from error
+        message = "pre_dispatch must be 'all', a number or a formula, got "
+        raise ValueError(f"{message}{pre_dispatch!r}") from error
     if batches < 1:
-        raise ValueError(f"pre_dispatch must come to 1 or more, got {formula!r}")
+        raise ValueError(f"pre_dispatch must come to 1 or more, got {pre_dispatch!r}")
+    return batches
 
 
 @functools.cache  # to look at signatures is slow
@@ -667,9 +653,8 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
         expected, is_valid = _CHECKS.get(name, ("", lambda value: True))
         if not is_valid(value):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
-    formula = options.get("pre_dispatch", "all")
-    if isinstance(formula, str) and formula != "all":
-        _check_formula(formula, n_jobs)
+    # The number of workers may not be known yet: 64 stands for it.
+    _most_batches(options.get("pre_dispatch", "all"), n_jobs if n_jobs > 1 else 64)
     shares_memory = getattr(backend, "supports_sharedmem", False)
     if options.get("require") == "sharedmem" and not shares_memory:
         raise ValueError(f"require='sharedmem' is more than {kind.__name__} can do")
@@ -1949,26 +1934,18 @@ class _Pool(_Workers):
 
     def keep(self) -> None:
         """Let the next run of the same settings have the workers, which are idle."""
-        if not self.hear(_PATIENCE):
-            self.kill()
-        elif self.key is None:
-            self.stop()
+        has_started = self.hear(_PATIENCE)
+        if self.key is None or not has_started:
+            self.stop(kill=not has_started)
         else:
             self.reducers.clear()
             _idle_pools.append(self)
             _stop_idle_pools(_most_idle)
 
-    def stop(self) -> None:
-        """Let the workers, which are idle, end."""
-        self.end(kill_workers=False)
-
-    def kill(self) -> None:
-        """Stop the workers and all that they have started at once."""
-        self.end(kill_workers=True)
-
-    def end(self, *, kill_workers: bool) -> None:
+    def stop(self, *, kill: bool = False) -> None:
+        """Let the workers end, which are idle; or kill them and what they have started."""
         # To wait for it here would be behind a lock that all executors share.
-        self.executor.shutdown(wait=False, kill_workers=kill_workers)
+        self.executor.shutdown(wait=False, kill_workers=kill)
         if self.manager is not None:
             self.manager.join(timeout=_PATIENCE)
         if self.table:
@@ -2022,7 +1999,7 @@ def _take_pool(key: Any) -> _Pool | None:
                 continue
             if pool.is_sound():
                 return pool
-            pool.kill()
+            pool.stop(kill=True)
     return None
 
 
@@ -2209,7 +2186,7 @@ class _Processes(_Engine):
     def abort_everything(self, ensure_ready: bool = True) -> None:
         pool, self.pool = self.pool, None
         if pool is not None:
-            pool.kill()
+            pool.stop(kill=True)
 
     def terminate(self) -> None:
         pool, self.pool = self.pool, None
