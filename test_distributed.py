@@ -1606,10 +1606,9 @@ def failing(expression):
     ("expression", "name", "arguments", "attributes"),
     [
         ("SolverFailed('no luck', code=3)", "SolverFailed", ("no luck",), {"code": 3}),
+        # These are packed in the worker, as the first is.
         *(
-            pytest.param(
-                *row, marks=pytest.mark.locally
-            )  # it is packed as the first is
+            pytest.param(*row, marks=pytest.mark.locally)
             for row in [
                 ("Doubled(3)", "Doubled", ("failed with 3",), {}),
                 ("Shy(1, 2)", "Shy", (1, 2), {}),
