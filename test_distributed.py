@@ -204,6 +204,8 @@ def ray(tmp_path_factory):
 
 
 LOCAL = ["loky", "threading", "multiprocessing"]
+# multiprocessing has the executor of loky.
+ENGINES = ["loky", "threading", pytest.param("multiprocessing", marks=pytest.mark.slow)]
 CLUSTERS = [pytest.param(name, marks=pytest.mark.engines) for name in ("dask", "ray")]
 
 
@@ -213,13 +215,13 @@ def start(request, name):
     return functools.partial(Joblib.setup, num_workers=2, backend=name)
 
 
-@pytest.fixture(params=[*LOCAL, *CLUSTERS])
+@pytest.fixture(params=[*ENGINES, *CLUSTERS])
 def setup(request):
     """`Joblib.setup` on two workers of one of joblib's backends."""
     return start(request, request.param)
 
 
-@pytest.fixture(params=["single_process", *LOCAL, *CLUSTERS])
+@pytest.fixture(params=["single_process", *ENGINES, *CLUSTERS])
 def any_setup(request):
     """`setup` of either engine, with results in order."""
     if request.param == "single_process":
