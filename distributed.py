@@ -1863,7 +1863,6 @@ class _Workers:
             importlib.import_module("multiprocessing.resource_tracker").ensure_running()
         with _interrupts_blocked(), _standard_streams():
             future = self.executor.submit(calls)
-        _at_exit_before_loky(os.getpid())
         manager = _private(self.executor, "_executor_manager_thread")
         calls, results = (
             _private(manager, "call_queue"),
@@ -1880,6 +1879,7 @@ class _Workers:
             _kill_workers, self.table, numbers, _private(calls, "_reader")
         )
         self.manager = manager
+        _at_exit_before_loky(os.getpid())  # if it fails, these workers can be stopped
         return cast(Future[Any], future)
 
     def hear(self, seconds: float) -> bool:

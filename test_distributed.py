@@ -833,11 +833,8 @@ def test_a_private_name_that_has_vanished_is_a_clear_error(program, name):
             except RuntimeError as error:
                 print(error)
     """
-    # Its end need not be silent: what would see to that may be what has vanished.
-    process = program(source, name)
-    output, errors = process.communicate()
-    assert output.startswith(f"{name}, which is needed "), output + errors
-    assert process.returncode == 0, errors
+    output = output_of(program(source, name))
+    assert output.startswith(f"{name}, which is needed "), output
 
 
 @pytest.mark.locally
@@ -1490,7 +1487,9 @@ def test_a_formula_that_comes_to_nothing(monkeypatch):
     results = Joblib.setup(
         abs, [1], backend="threading", pre_dispatch=f"n_jobs - {workers}"
     )
-    with pytest.raises(ValueError, match="come to 1 or more, got 'n_jobs - 2'"):
+    with pytest.raises(
+        ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"
+    ):
         next(results)
 
 
