@@ -80,7 +80,7 @@ else:
     import joblib.parallel
 
 __all__ = ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
-__version__ = "2.0.0"
+__version__ = "2.0.1"
 __source__ = ""  # where newer ones are to be found; for its owner to fill in
 
 T = TypeVar("T")
@@ -355,7 +355,8 @@ class Joblib(DistributedBackend):
             something large. Worker processes are sent it, the tasks and the results:
             all must be picklable, by cloudpickle, which takes lambdas and functions of
             the program, too. The function is pickled as it is when the run starts, and
-            once; each worker keeps one copy for the run. So what a call leaves on it (a
+            once; each worker (on Dask, each thread of a worker) keeps one copy for the
+            run. So what a call leaves on it (a
             compiled solver, a cache) is there for the worker's next call. The same is
             true of a generator of random numbers: each worker starts with the same copy
             of it, so put seeds into the tasks. In threads, it is the object itself.
@@ -804,21 +805,50 @@ def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
         return data, members, summary, text
 
     def function_of(key: str, payload: Any) -> Any:
-        """Return the function of the run *key*; unpickle it once, and keep no other."""
+        """Return the function of the run *key* for this thread, which keeps no other.
+
+        It is unpickled once a thread, since a model is not made to be shared by two.
+        """
         module: Any = sys.modules.setdefault(
             _WORKER_MODULE, types.ModuleType(_WORKER_MODULE)
         )
-        if getattr(module, "key", None) != key:
-            module.key = module.function = None
+        kept: Any = vars(module).setdefault("kept", threading.local())
+        if getattr(kept, "key", None) != key:
+            kept.key = kept.function = None
             if isinstance(payload, str):
                 with open(payload, "rb") as file:
-                    module.function = pickle.load(file)
+                    kept.function = pickle.load(file)
             else:
                 if not isinstance(payload, bytes):
                     payload = importlib.import_module("ray").get(payload)
-                module.function = pickle.loads(payload)
-            module.key = key
-        return module.function
+                kept.function = pickle.loads(payload)
+            kept.key = key
+        return kept.function
+
+    class FunctionOfThreads:
+        """The function of a run on a Dask worker, which is a process with threads.
+
+        Each thread has a copy of its own. They go with this, when Dask lets it go.
+        """
+
+        def __init__(self, payload: bytes) -> None:
+            self.payload = payload
+            self.kept = threading.local()
+
+        def __reduce__(self) -> Any:
+            return FunctionOfThreads, (self.payload,)
+
+        def __sizeof__(self) -> int:
+            return len(self.payload)  # Dask asks
+
+        def get(self) -> Any:
+            if not hasattr(self.kept, "function"):
+                self.kept.function = pickle.loads(self.payload)
+            return self.kept.function
+
+    def run_batch_of_thread(functions: Any, *tasks: Any) -> Any:
+        """Run a batch by the function of this thread."""
+        return run_batch(functions.get(), *tasks)
 
     def prepare(announce: Any, prepared: Any) -> None:
         """Make a worker process ready, and announce that, or what went wrong."""
@@ -888,6 +918,7 @@ def _of_worker(name: str) -> _SentAs:
 
 
 _RUN_BATCH = _SentByValue(_IN_PROCESS.run_batch)
+_RUN_BATCH_OF_THREAD = _SentByValue(_IN_PROCESS.run_batch_of_thread)
 _FUNCTION_OF = _SentByValue(_IN_PROCESS.function_of)
 _PREPARE = _SentByValue(_IN_PROCESS.prepare)
 
@@ -2237,20 +2268,6 @@ class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # t
 # ---- Dask and Ray --------------------------------------------------------------------
 
 
-class _Scattered(_SentByValue):
-    """A function for Dask, which scatters what is large, once a run, to its workers.
-
-    Of a method Dask sees only that it is small itself.
-    """
-
-    @functools.cached_property
-    def reduced(self) -> Any:
-        return pickle.loads, (_pickled_function(self.func),)
-
-    def __sizeof__(self) -> int:
-        return len(self.reduced[1][0])
-
-
 class _Dask(_Engine):
     """Reports what joblib's Dask backend (1.5.0 to 1.6.0) does not, and cancels tasks.
 
@@ -2258,10 +2275,12 @@ class _Dask(_Engine):
     pickled (see _DaskClient), and what is queued goes on when a run has been left.
     """
 
+    def batch_runner(self) -> Any:
+        return _RUN_BATCH_OF_THREAD
+
     def send(self, task_func: Callable[[Any], Any]) -> Any:
-        scattered = _Scattered(task_func)
-        scattered.__reduce__()  # in the consumer's thread, so that an error is named
-        return scattered
+        # Dask scatters what is large, once a run, to its workers.
+        return _IN_PROCESS.FunctionOfThreads(_pickled_function(task_func))
 
     def separate_from(self, original: Any) -> None:
         # What it keeps of its calls must not be shared; what was scattered may be.

@@ -145,7 +145,7 @@ def collect(results, *errors):
 
 
 @contextlib.contextmanager
-def dask_client(folder, n_workers=2, allowed_failures=3):
+def dask_client(folder, n_workers=2, allowed_failures=3, threads=1):
     """Connect to a cluster of another process, so that its workers share nothing with this one."""
     script = """
         import sys
@@ -153,7 +153,9 @@ def dask_client(folder, n_workers=2, allowed_failures=3):
 
         if __name__ == "__main__":
             with LocalCluster(
-                n_workers=int(sys.argv[1]), threads_per_worker=1, dashboard_address=None
+                n_workers=int(sys.argv[1]),
+                threads_per_worker=int(sys.argv[2]),
+                dashboard_address=None,
             ) as cluster:
                 print(cluster.scheduler_address, flush=True)
                 sys.stdin.read()
@@ -165,7 +167,7 @@ def dask_client(folder, n_workers=2, allowed_failures=3):
         "DASK_TEMPORARY_DIRECTORY": str(folder),
     }
     with subprocess.Popen(
-        [sys.executable, "cluster.py", str(n_workers)],
+        [sys.executable, "cluster.py", str(n_workers), str(threads)],
         cwd=folder,
         env=environment,
         text=True,
@@ -2329,6 +2331,35 @@ def test_dask_options_of_an_open_configuration(dask, tmp_path):
             results = Joblib.setup(abs, [1])
         with pytest.raises(TimeoutError, match="no worker after 1 seconds"):
             next(results)
+
+
+class Buffered:
+    """A model with a buffer, which no two threads may fill at the same time."""
+
+    def __init__(self):
+        self.buffer = [0] * 1000
+
+    def simulate(self, task):
+        import time
+
+        self.buffer[:] = [task] * 1000
+        time.sleep(0.001)  # another thread's turn
+        return task == self.buffer[0]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_threads_of_a_worker_do_not_share_the_function(request, tmp_path, name):
+    model = by_value(Buffered)()
+    if name == "ray":
+        setup = start(request, name)
+        options = {"ray_remote_args": {"max_concurrency": 2}}
+        assert set(setup(model.simulate, range(400), **options)) == {True}
+        return
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path, n_workers=1, threads=2):
+        results = Joblib.setup(model.simulate, range(400), backend="dask")
+        assert set(results) == {True}
 
 
 @pytest.mark.engines
