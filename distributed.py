@@ -40,14 +40,17 @@ import atexit
 import builtins
 import contextlib
 import difflib
-import errno
 import functools
+import gc
 import importlib
 import inspect
+import io
 import itertools
 import math
+import mmap
 import multiprocessing
 import multiprocessing.process
+import multiprocessing.reduction
 import multiprocessing.util
 import numbers
 import operator
@@ -56,9 +59,9 @@ import pickle
 import queue
 import re
 import reprlib
+import select
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -68,8 +71,8 @@ import uuid
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
 
 if TYPE_CHECKING:
@@ -79,8 +82,14 @@ else:
     import joblib
     import joblib.parallel
 
-__all__ = ["DistributedBackend", "Joblib", "SingleProcess", "get_backend"]
-__version__ = "2.0.1"
+__all__ = [
+    "DistributedBackend",
+    "FailedTask",
+    "Joblib",
+    "SingleProcess",
+    "get_backend",
+]
+__version__ = "3.0.0"
 __source__ = ""  # where newer ones are to be found; for its owner to fill in
 
 T = TypeVar("T")
@@ -145,6 +154,25 @@ class DistributedBackend(ABC):
         """Release what the backend keeps between runs."""
 
 
+class FailedTask(NamedTuple):
+    """What a run with ``errors="return"`` yields in place of a result that is not.
+
+    >>> for result in Joblib.setup(int, ["1", "two"], 2, errors="return"):
+    ...     if isinstance(result, FailedTask):
+    ...         print("failed:", result.number, result.task, repr(result.error)[:11])
+    failed: 1 two ValueError(
+    """
+
+    number: int
+    """Of the task, counted from 0."""
+
+    task: Any
+    """The object that was drawn."""
+
+    error: Exception
+    """What would have ended the run with ``errors="raise"``."""
+
+
 class SingleProcess(DistributedBackend):
     """Runs tasks one after another in this process.
 
@@ -193,7 +221,8 @@ class SingleProcess(DistributedBackend):
         num_workers : None, optional
             Ignored.
         **kwargs
-            Ignored, so that the options of `Joblib` can stay in place while debugging.
+            Ignored, so that the options of `Joblib` can stay in place while debugging:
+            ``errors="return"``, too, since one debugs to see errors.
 
         Returns
         -------
@@ -212,8 +241,7 @@ class SingleProcess(DistributedBackend):
             From the generator, if *task_func* raises `StopIteration`, which becomes its
             cause: out of a generator it would look like the end of the results.
         """
-        source = _Source(task_func, tasks)
-        return _one_by_one(source.task_func, source.tasks)
+        return _one_by_one(*_checked(task_func, tasks))
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
@@ -250,7 +278,9 @@ class Joblib(DistributedBackend):
     *Ends cleanly.* Closing the generator ends the run, as do ``break`` in a loop that
     holds its only reference, ``del``, an error and leaving the interpreter. No further
     task begins. Worker processes that are busy are killed, with all programs that their
-    tasks have started; nothing is printed or warned of, and no file is left.
+    tasks have started (a worker leads a session, and that ends with it); nothing is
+    printed or warned of, and no file is left. On Linux the same is true if the program
+    itself is killed, or crashes.
 
     >>> results.close()
     >>> list(results)
@@ -274,13 +304,14 @@ class Joblib(DistributedBackend):
     *Kept warm.* loky's workers that are idle when a run ends well are kept for the next
     that wants the same: the same number, *initializer*, environment variables, current
     directory and `sys.path`. At most three sets of workers are kept, none in a fork.
-    What tasks leave in a worker (a thread, a changed directory) is there for the next
-    run, too; `shutdown` stops idle workers.
+    They keep nothing of the function; what tasks leave elsewhere in a worker (a thread,
+    a changed directory) is there for the next run, too. `shutdown` stops idle workers;
+    who has not left after 3 seconds is killed.
 
     *Nothing is lost.* Whatever results were received before an error are handed out
-    first. An error of a task costs no earlier result of its batch (later tasks of it
-    are not run); an error of *tasks* is raised when the results of all that it did
-    yield are out.
+    first. An error of a task, or of pickling it or its result, costs no earlier result
+    of its batch (later tasks of it are not run); an error of *tasks* is raised when the
+    results of all that it did yield are out.
 
     >>> def failing():
     ...     yield -1
@@ -294,6 +325,10 @@ class Joblib(DistributedBackend):
     LookupError: no more tasks
 
     *No hang.* A worker process that dies is an error, also in the middle of a result.
+    So is, with *timeout*, a task that takes too long.
+
+    *A sweep goes on.* With ``errors="return"``, a task that raises, cannot be pickled,
+    kills its worker or takes too long gives a `FailedTask` in place of its result.
 
     *Forks and children.* Runs can be started in a fork, and in a child process of
     `multiprocessing`, however it is started; the child ends when it is done. To read on
@@ -306,25 +341,43 @@ class Joblib(DistributedBackend):
 
     - Threads cannot be stopped: what they are busy with goes on in the background. The
       same is true of Dask's workers, which are threads.
-    - Of a batch with a task or a result that cannot be pickled or unpickled, no result
-      arrives. With ``return_as="generator"``, results behind one that is missing are
-      lost with it.
-    - A program that a task has started is found by its parents: if all of these have
-      ended, or a worker has died before the run was left, it goes on. Where neither
-      ``/proc`` nor ``ps`` tells who the parents are, so do all.
-    - A task, an array among them, that is changed after it was drawn arrives changed or
-      not; so does a result that *task_func* changes in its next call: return a copy.
+    - With ``return_as="generator"`` and ``errors="raise"``, results behind the one that
+      is missing are lost with it.
+    - What a task makes a session of its own (a daemon) is not stopped. Elsewhere than
+      on Linux, nor is what has a process group of its own; and if the program is
+      killed there, its workers finish what they are doing. On Linux, what has a group
+      of its own survives if it is the program that is killed.
+    - Threads may see a task that is changed after it was drawn. So may processes an
+      array of more than *max_nbytes*, which is in its file as it first was. A result
+      that *task_func* changes in its next call arrives changed: return a copy.
     - To close a run in a thread that is not the last to have read it does not wait for
       its workers to stop; elsewhere, that wait ends after 10 seconds.
-    - When the main thread has ended, processes take no more tasks of runs that other
-      threads are reading: that is an error.
-    - If the program itself is killed, its workers finish what has been sent to them, and
-      leave when they have been idle for *idle_worker_timeout*.
+    - `atexit` hooks of workers that `multiprocessing` has forked run from Python 3.13
+      on.
     - A `KeyboardInterrupt` or `SystemExit` that *tasks* raises is raised at once.
     """
 
+    @overload
     @staticmethod
     def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterable[T],
+        num_workers: int | None = None,
+        *,
+        errors: Literal["return"],
+        **kwargs: Any,
+    ) -> Generator[R | FailedTask, None, None]: ...
+    @overload
+    @staticmethod
+    def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterable[T],
+        num_workers: int | None = None,
+        **kwargs: Any,
+    ) -> Generator[R, None, None]: ...
+    # To a checker this returns too little; the overloads say what may come.
+    @staticmethod
+    def setup(  # pyright: ignore[reportInconsistentOverload]
         task_func: Callable[[T], R],
         tasks: Iterable[T],
         num_workers: int | None = None,
@@ -379,21 +432,39 @@ class Joblib(DistributedBackend):
                 Results as they complete, which is the default, or in the order of the
                 tasks. In order, a task that takes long keeps workers idle once
                 *pre_dispatch* batches are out.
+            errors : {"raise", "return"}
+                "return": where a task has no result, yield a `FailedTask` in its place
+                and go on. The other tasks of its batch are run all the same. A worker
+                that dies, or a time-out, costs those tasks of its batch that are not
+                known to be done: with ``batch_size=1``, one. None is run twice. Errors
+                of *tasks*, of an *initializer* and of pickling *task_func*, and what a
+                debugger raises to be left, still end the run.
             timeout : float, optional
-                Seconds. When the consumer has waited for that long and no batch has
-                completed, the run ends with an error: it must be longer than a batch
-                takes, and one task that is stuck counts when all others are done. The
-                start of the workers and their imports count, too. Default: wait for
-                ever. Ignored with one worker.
+                Seconds that one task may take in its worker process; it is killed then,
+                and the run ends with an error, or goes on with ``errors="return"``. No
+                other task, start or wait counts; in a batch of several, it is noticed a
+                tenth of *timeout* later. A worker that is not ready after *timeout*,
+                or 60 seconds if that is more, is an error. Other backends cannot watch
+                single tasks: there, the run ends when the consumer has waited for so
+                long and no batch has completed; the start of workers counts, too.
+                Default: wait for ever. With *timeout* or ``errors="return"``, one
+                worker is a process, too.
+            maxtasksperchild : int, optional
+                Tasks that a worker process of "loky" or "multiprocessing" may do, before
+                it leaves and a fresh one takes its place: for tasks that leak memory.
+                Default: any number.
             batch_size : int or "auto", default "auto"
                 Tasks sent to a worker at once; fewer towards the end of the tasks, so
-                that all workers have some. "auto" starts with 1 and grows for as
-                long as a batch is out and read within 0.2 seconds, up to 8192; with
-                worker processes, also for as long as the arrays in a batch have no more
-                than 8 MB. In threads, it stays 1.
+                that all workers have some. "auto" starts with 1. A batch that is out
+                and read in less than 0.2 seconds, or more than 2, makes the next ones
+                as large as would take 0.4; but at most twice as large, or 16 or 64
+                times if it took less than 10 ms or 1 ms, and no larger than 8192 tasks
+                or 8 MB of arrays. In threads, it stays 1; a backend that has a rule of
+                its own keeps it.
             pre_dispatch : int or str, default "2 * n_jobs"
                 The most batches that are out at a time, being worked on or waiting for
-                a worker; a number, a formula, or "all", which lifts the bound.
+                a worker; a number, a formula of the number of workers (on Dask, of the
+                moment), or "all", which lifts the bound.
             initializer, initargs : callable and tuple, optional
                 Called in each worker process of "loky" or "multiprocessing" as it
                 starts. A function of the program travels by value: what it assigns to
@@ -401,8 +472,8 @@ class Joblib(DistributedBackend):
             verbose : int, default 0
                 Print how many tasks are done; the more often, the larger it is.
             max_nbytes, mmap_mode, temp_folder
-                As in joblib: arrays of more than 1 MB reach worker processes in files
-                that they map into memory, read-only. ``max_nbytes=None`` sends copies,
+                As in joblib: arrays of more than *max_nbytes* (1 MB) reach worker
+                processes in files that they map into memory, read-only. ``max_nbytes=None`` sends copies,
                 ``mmap_mode="c"`` lets a task change its own view. The file of an array
                 that the program has let go is removed when its batch has been read.
             prefer, require
@@ -428,33 +499,36 @@ class Joblib(DistributedBackend):
             a formula of *pre_dispatch* comes to 0 for the workers that turn up, it is
             raised from the generator.
         pickle.PicklingError
-            From the generator, if *task_func* or a task cannot be pickled. Of a result,
-            it is what the pickler raises, such as a `TypeError`.
+            From the generator, if *task_func*, a task or a result cannot be pickled.
+            Threads pickle nothing.
+        pickle.UnpicklingError
+            From the generator, if one of them cannot be unpickled.
         TimeoutError
             From the generator, after *timeout*; also a `multiprocessing.TimeoutError`.
-            It says how many tasks are out, and which has been out for longest.
+            It says which task it was, or which are out.
         concurrent.futures.BrokenExecutor
-            From the generator, if a worker process of loky or `multiprocessing` dies,
-            or a task or result cannot be unpickled; its cause says what is known. Of
-            Dask, it is a ``KilledWorker``; of Ray, a ``RayActorError``.
+            From the generator, if a worker process of loky or `multiprocessing` dies, or
+            its *initializer* fails. Of Dask, it is a ``KilledWorker``; of Ray, a
+            ``RayActorError``.
         Exception
             From the generator: what *tasks* raised, as it is; or what a task raised,
             with a note that tells the number of the task and shows it (Python 3.11 and
             newer). In threads it is the error itself; elsewhere, the text of the
             worker's traceback is its cause. If it cannot be pickled, it is put together
             again without its ``__init__``, or else is a `RuntimeError` that shows it. A
-            `StopIteration` is the cause of a `RuntimeError`, or it would look like the
-            end of the results.
+            `StopIteration`, and what is no `Exception` (of ``sys.exit()``, say), is the
+            cause of a `RuntimeError`; but with one worker, in this process, a
+            `SystemExit` or `KeyboardInterrupt` is the program's own.
         """
-        source = _Source(task_func, tasks)
-        return _results(_Run(num_workers, kwargs), source)
+        return _results(_Run(task_func, tasks, num_workers, kwargs))
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
         """Stop idle worker processes. May be called at any time, or never.
 
         Those of loky are kept for the next run; without this, they leave when they have
-        been idle for 300 seconds, or with the program. Open runs are not touched.
+        been idle for *idle_worker_timeout*, or with the program. Open runs are not
+        touched.
 
         >>> Joblib.shutdown()
         """
@@ -497,12 +571,23 @@ def get_backend(backend_name: str) -> DistributedBackend:
     if backend_name == "joblib":
         return Joblib()
     message = f"backend_name must be 'single_process' or 'joblib', got {backend_name!r}"
+    if isinstance(backend_name, str) and backend_name in _joblib_backends():
+        message += f": use get_backend('joblib').setup(..., backend={backend_name!r})"
     raise ValueError(message)
 
 
 # --------------------------------------------------------------------------------------
 # Arguments: all that is wrong with them is said when `setup` is called. What joblib
 # says clearly by itself, when its Parallel is made, is left to it.
+
+
+def _checked(task_func: Any, tasks: Any) -> tuple[Any, Iterator[Any]]:
+    """Return the function and an iterator of the tasks."""
+    _check_task_func(task_func)
+    try:
+        return task_func, iter(tasks)
+    except TypeError as error:
+        raise TypeError(f"tasks must be iterable, got {tasks!r}") from error
 
 
 def _check_task_func(task_func: Any) -> None:
@@ -549,12 +634,25 @@ _INSTEAD = {
     **dict.fromkeys(
         ("max_workers", "n_jobs", "num_worker", "processes", "workers"), "num_workers"
     ),
-    "maxtasksperchild": "backend='loky', which replaces workers that have grown much",
+    "max_tasks_per_child": "maxtasksperchild",
+    **dict.fromkeys(
+        ("ordered", "unordered"),
+        "return_as='generator' for the order of the tasks, 'generator_unordered' for "
+        "results as they complete",
+    ),
+    **dict.fromkeys(
+        ("retries", "max_retries"), "errors='return', and run again what has failed"
+    ),
+    "progress": "verbose, or put tqdm around the generator",
 }
+
+# Options of worker processes of this machine.
+_OF_PROCESSES = ("initializer", "initargs", "maxtasksperchild")
 
 
 # What joblib would notice late, or not at all, or report without naming the option.
 _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "errors": ("'raise' or 'return'", lambda value: value in ("raise", "return")),
     "idle_worker_timeout": (
         "a positive number of seconds, within a life, or None",
         lambda value: value is None or (_is_number(value, least=0.001) and value < 1e9),
@@ -570,6 +668,13 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
             value is None
             or _is_number(value, least=0)
             or (isinstance(value, str) and re.fullmatch(r"\d*\.?\d+[KMG]", value))
+        ),
+    ),
+    "maxtasksperchild": (
+        "a positive integer or None",
+        lambda value: (
+            value is None
+            or (isinstance(value, numbers.Integral) and _is_number(value, least=1))
         ),
     ),
     "mmap_mode": (
@@ -607,8 +712,10 @@ def _most_batches(pre_dispatch: Any, workers: int) -> float:
         formula = str(pre_dispatch).replace("n_jobs", str(workers))
         batches = int(joblib.parallel.eval_expr(formula))
     except (ArithmeticError, TypeError, ValueError) as error:
-        message = "pre_dispatch must be 'all', a number or a formula, got "
-        raise ValueError(f"{message}{pre_dispatch!r}") from error
+        raise ValueError(
+            "pre_dispatch must be 'all', a number or a formula, in which n_jobs is the "
+            f"only name, got {pre_dispatch!r}"
+        ) from error
     if batches < 1:
         raise ValueError(f"pre_dispatch must come to 1 or more, got {pre_dispatch!r}")
     return batches
@@ -625,6 +732,7 @@ def _option_names(kind: Any, mixin: Any) -> tuple[frozenset[str], frozenset[str]
         return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
 
     taken = names(joblib.Parallel) | names(kind.configure) | mixin.more_options
+    taken.add("errors")
     nothing = object  # which takes no arguments
     makers = (vars(base).get("__init__", nothing) for base in kind.__mro__[:-1])
     made_with = set().union(*map(names, makers))
@@ -640,6 +748,11 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
         if name in _INSTEAD and name not in known:
             message = f"{name}={value!r} is not an option: use {_INSTEAD[name]}"
             raise TypeError(message)
+        if name in _OF_PROCESSES and name not in known:
+            raise TypeError(
+                f"{name}={value!r} is an option of worker processes of this machine, "
+                f"those of 'loky' and 'multiprocessing', not of {kind.__name__}"
+            )
         if name in for_constructor:
             raise TypeError(
                 f"{name}={value!r} is not an option of setup: put it into "
@@ -647,7 +760,7 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
             )
         if name not in known:
             usual = sorted(known - {"backward_reducers", "forward_reducers", "prewarm"})
-            near = difflib.get_close_matches(name, [*usual, "num_workers"], 1)
+            near = difflib.get_close_matches(name, [*usual, "num_workers"], 1, 0.8)
             expected = "".join(f"did you mean {word!r}? " for word in near)
             expected += f"Expected one of {', '.join(map(repr, usual))}"
             raise TypeError(f"unknown option {name}={value!r}: {expected}")
@@ -677,12 +790,7 @@ def _chosen_backend(options: dict[str, Any]) -> Any:
         _require_dask()
     elif backend == "ray":
         _register_ray()
-    names = {
-        *joblib.parallel.BACKENDS,
-        *joblib.parallel.EXTERNAL_BACKENDS,
-        *joblib.parallel.MAYBE_AVAILABLE_BACKENDS,
-        "ray",
-    }
+    names = _joblib_backends()
     if not isinstance(backend, str) or backend not in names:
         expected = ", ".join(map(repr, sorted(names)))
         message = f"backend must be an instance or one of {expected}, got {backend!r}"
@@ -692,6 +800,16 @@ def _chosen_backend(options: dict[str, Any]) -> Any:
         return active  # with the options of the caller's parallel_config
     with joblib.parallel_config(backend=backend):
         return joblib.parallel.get_active_backend()[0]
+
+
+def _joblib_backends() -> set[str]:
+    """Return the names that joblib knows."""
+    return {
+        *joblib.parallel.BACKENDS,
+        *joblib.parallel.EXTERNAL_BACKENDS,
+        *joblib.parallel.MAYBE_AVAILABLE_BACKENDS,
+        "ray",
+    }
 
 
 def _require_dask() -> None:
@@ -718,189 +836,857 @@ def _register_ray() -> None:
 
 
 # --------------------------------------------------------------------------------------
-# What workers are sent.
+# The loop.
 #
-# Workers need not import this file. What they need of it are the functions nested in
-# `_worker_functions`, which travel by value, and refer to nothing of this module but
-# what it imports and the name below: to the processes of loky and multiprocessing once,
-# as they start; to Dask and Ray with each batch.
-
-# The name of the module that worker processes keep those functions in. It also keeps
-# the function of the run that the worker is serving.
-_WORKER_MODULE = "_joblib_batches"
-
-
-def _worker_functions(*, packs_errors: bool) -> types.SimpleNamespace:
-    """Return what runs in workers."""
-
-    def run_batch(task_func: Any, *tasks: Any) -> tuple[list[Any], Any]:
-        """Return the results, and of the task that ended the batch what to say."""
-        results: list[Any] = []
-        task: Any = None
-        try:
-            for task in tasks:
-                results.append(task_func(task))
-        except BaseException as error:
-            # Its traceback refers to this frame, of which no variable may refer to it.
-            what = len(results), shown(task)
-            return results, (*what, pack(error) if packs_errors else error)
-        return results, None
-
-    def shown(value: Any) -> str:
-        """Return a short text for *value*, whatever its own methods do."""
-        texts = [f"<{type(value).__qualname__}>"]
-        short = reprlib.Repr()
-        short.maxstring = short.maxother = short.maxlong = 200
-
-        def show() -> None:
-            with contextlib.suppress(BaseException):
-                texts.append(short.repr(value)[:400])
-
-        thread = threading.Thread(target=show, daemon=True)  # as it may take for ever
-        with contextlib.suppress(RuntimeError):  # no thread can be started
-            thread.start()
-            thread.join(timeout=1)
-        return texts[-1]
-
-    def pack(error: BaseException) -> Any:
-        """Return *error* in a form that survives pickling: see `_unpacked_error`."""
-
-        def dump_by_value(value: Any) -> Any:
-            wrapper = joblib.wrap_non_picklable_objects(value, keep_wrapper=False)
-            return wrapper.__reduce__()[1][0]
-
-        def show(lines: Any, *more: Any) -> str:
-            try:
-                return "".join(lines(kind, error, *more)).strip()
-            except Exception:  # as its own methods may fail
-                return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
-
-        def dumped(form: Any) -> Any:
-            # By value, a class may arrive as another one of the same name.
-            for dump in (pickle.dumps, dump_by_value):
-                with contextlib.suppress(BaseException):
-                    data = dump(form)
-                    copy = pickle.loads(data)
-                    if form is not error or repr(copy.args) == repr(error.args):
-                        return data
-            return None
-
-        kind: Any = type(error)
-        summary = show(traceback.format_exception_only)
-        text = show(traceback.format_exception, error.__traceback__)
-        # Many a class cannot be called with the `args` that it has passed to its base,
-        # as pickle would. What the built-in class underneath knows is sent instead,
-        # then.
-        bases = [base for base in kind.__mro__ if base in vars(builtins).values()]
-        builtin: Any = bases[0]
-        data, members = dumped(error), None
-        if data is None and isinstance(
-            error, vars(builtins).get("BaseExceptionGroup", ())
-        ):
-            group: Any = error
-            members = [pack(member) for member in group.exceptions]
-            data = dumped((builtin, kind, (group.message,), vars(group)))
-        elif data is None:
-            data = dumped((builtin, *builtin.__reduce__(error)))
-        return data, members, summary, text
-
-    def function_of(key: str, payload: Any) -> Any:
-        """Return the function of the run *key* for this thread, which keeps no other.
-
-        It is unpickled once a thread, since a model is not made to be shared by two.
-        """
-        module: Any = sys.modules.setdefault(
-            _WORKER_MODULE, types.ModuleType(_WORKER_MODULE)
-        )
-        kept: Any = vars(module).setdefault("kept", threading.local())
-        if getattr(kept, "key", None) != key:
-            kept.key = kept.function = None
-            if isinstance(payload, str):
-                with open(payload, "rb") as file:
-                    kept.function = pickle.load(file)
-            else:
-                if not isinstance(payload, bytes):
-                    payload = importlib.import_module("ray").get(payload)
-                kept.function = pickle.loads(payload)
-            kept.key = key
-        return kept.function
-
-    class FunctionOfThreads:
-        """The function of a run on a Dask worker, which is a process with threads.
-
-        Each thread has a copy of its own. They go with this, when Dask lets it go.
-        """
-
-        def __init__(self, payload: bytes) -> None:
-            self.payload = payload
-            self.kept = threading.local()
-
-        def __reduce__(self) -> Any:
-            return FunctionOfThreads, (self.payload,)
-
-        def __sizeof__(self) -> int:
-            return len(self.payload)  # Dask asks
-
-        def get(self) -> Any:
-            if not hasattr(self.kept, "function"):
-                self.kept.function = pickle.loads(self.payload)
-            return self.kept.function
-
-    def run_batch_of_thread(functions: Any, *tasks: Any) -> Any:
-        """Run a batch by the function of this thread."""
-        return run_batch(functions.get(), *tasks)
-
-    def prepare(announce: Any, prepared: Any) -> None:
-        """Make a worker process ready, and announce that, or what went wrong."""
-        # A fork inherits the program's handlers, which must not act here. An interrupt
-        # at the terminal is for the program: it ends the run, and so this process.
-        for number in signal.valid_signals():
-            if callable(signal.getsignal(number)):
-                ignore = number == signal.SIGINT
-                signal.signal(number, (lambda *_: None) if ignore else signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        module: Any = types.ModuleType(_WORKER_MODULE)
-        module.run_batch, module.function_of = run_batch, function_of
-        sys.modules[module.__name__] = module
-        try:
-            if isinstance(prepared, bytes):
-                prepared = pickle.loads(prepared)
-            initializer, initargs = prepared
-            if initializer is not None:
-                initializer(*initargs)
-        except BaseException:
-            # All workers share the pipe: what is this short arrives in one piece.
-            announce.send_bytes(traceback.format_exc().encode()[-500:])
-            os._exit(1)
-        announce.send_bytes(b"")
-
-    return types.SimpleNamespace(**locals())
+# The consumer is whoever reads the generator that `setup` returns. An engine is what
+# runs the batches of a joblib backend: worker processes of loky or multiprocessing,
+# threads, Dask or Ray.
+#
+#    the consumer's thread, in _results()             an engine
+#   +------------------------------------+
+#   |  1 draw      tasks                 |
+#   |                |                   |            worker processes (below), threads,
+#   |  2 send        +--> batch ---------|----------> Dask or Ray: in each worker
+#   |                                    |            run_batch(task_func, ..., *tasks)
+#   |  3 wait      _Inbox <--------------|----------- report(outcome)
+#   |                |                   |
+#   |  4 hand out    +--> results: yield |
+#   +------------------------------------+
+#
+#   a thread that ends a run: _Lifetime.end() -> _Lifetime.clean_up()
+#
+# That is all of it: one loop, in the thread that calls next(). It draws tasks until as
+# many batches are out as *pre_dispatch* says, waits for a report, hands out its
+# results, and draws again. So runs are lazy, bounded, composable and lossless by
+# construction. All that a thread of an engine ever does is to put an outcome into the
+# inbox of the run, which cannot block or fail.
+#
+# joblib's Parallel resolves what a user has configured, and enters and leaves its
+# backend; batches reach threads, Ray and backends of others by `submit`, as with joblib.
 
 
-_IN_PROCESS = _worker_functions(packs_errors=True)
-_IN_THREAD = _worker_functions(packs_errors=False)
-_shown: Callable[[Any], str] = _IN_THREAD.shown
+class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
+    """A task took too long. joblib's users catch the one class, others the other."""
+
+    def __reduce__(self) -> Any:  # by its name, another class would be found
+        return _timeout_error, self.args
 
 
-class _SentByValue(functools.partial[Any]):
-    """A function that pickles by value on every backend, and only once, which is slow.
+def _timeout_error(*arguments: Any) -> _TaskTimeoutError:
+    return _TaskTimeoutError(*arguments)
 
-    Any thread of an engine may pickle it; in the same process it can be called as well.
+
+# It is shown as what it is for everybody.
+_TaskTimeoutError.__name__ = _TaskTimeoutError.__qualname__ = "TimeoutError"
+_TaskTimeoutError.__module__ = "builtins"
+
+
+class _WorkerTraceback(Exception):
+    """The text of a traceback from elsewhere, as the cause of an error."""
+
+
+class _Failure:
+    """An error of an engine in place of the outcome of a batch.
+
+    Its traceback is kept as text, since frames would refer to the run.
     """
 
-    @functools.cached_property
-    def reduced(self) -> Any:
-        wrap = joblib.wrap_non_picklable_objects
-        return wrap(self.func, keep_wrapper=False).__reduce__()
+    def __init__(self, error: BaseException, *, ends_run: bool = False) -> None:
+        if error.__traceback__ is not None:
+            _set_cause(error, "".join(traceback.format_exception(error)).strip())
+            error.__context__ = None
+        self.error = error.with_traceback(None)
+        self.ends_run = ends_run  # also if failed tasks are to be returned
 
-    def __reduce__(self) -> Any:
-        return self.reduced
+
+# Of tasks that take no time, batches of more gain nothing, but all that are out have to
+# be kept in memory.
+_LARGEST_BATCH = 8192
+
+# Bytes of arrays in the tasks of a batch, beyond which it does not grow.
+_HEAVIEST_BATCH = 8_000_000
+
+# Seconds after which a wait looks whether there is still something to wait for. It is
+# also how long a Ctrl-C may have to wait on Windows, where it interrupts no lock.
+_WAIT_SLICE = 0.5
 
 
-class _SentAs:
-    """Something that stands for what *function* returns for *arguments* in a worker."""
+def _one_by_one(
+    task_func: Callable[[T], R],
+    tasks: Iterator[T],
+    progress: _Progress | None = None,
+    *,
+    returns_errors: bool = False,
+) -> Generator[Any, None, None]:
+    """Yield results like `map`, but a StopIteration of *task_func* is an error."""
+    numbers = itertools.count()
+    result: Any
+    for task in tasks:
+        number = next(numbers)  # enumerate() would hold on to the task
+        try:
+            result = task_func(task)
+        except Exception as error:
+            failed = _as_raised(error, _task_note(number, task))
+            if not returns_errors or _leaves_debugger(error):
+                if failed is error:
+                    raise
+                raise failed from error
+            result = FailedTask(number, task, failed)
+            del failed
+        if progress is not None:
+            progress.add(1)
+        del task  # hold on to neither while the next is drawn and run
+        yield result
+        del result
+
+
+def _task_note(number: int, task: Any) -> str:
+    return f"Task {number} (counted from 0): {_shown(task)}"
+
+
+def _batch_note(first: int, tasks: list[Any]) -> str:
+    """Say which tasks it was, or one of them."""
+    if len(tasks) == 1:
+        return _task_note(first, tasks[0])
+    return (
+        f"One of tasks {first} to {first + len(tasks) - 1} (counted from 0), of which "
+        f"the first is: {_shown(tasks[0])}"
+    )
+
+
+def _as_raised(error: BaseException, note: str) -> Any:
+    """Return what is raised where a task has raised *error*, with a note.
+
+    What is no Exception would end the program, or look like the end of the results.
+    """
+    if isinstance(error, StopIteration) or not isinstance(error, Exception):
+        cause, error = error, RuntimeError(f"a task raised {error!r}")
+        error.__cause__ = cause
+    # Python 3.10, of which a type checker knows that it has no notes, or a class that
+    # refuses them.
+    with contextlib.suppress(Exception):
+        error.add_note(note)  # type: ignore[attr-defined, unused-ignore]
+    return error
+
+
+def _leaves_debugger(error: Any) -> bool:
+    """Tell whether somebody has quit pdb, and means the program."""
+    return isinstance(error, getattr(sys.modules.get("bdb"), "BdbQuit", ()))
+
+
+def _shown(value: Any) -> str:
+    """Return a short text for *value*, whatever its own methods do."""
+    texts = [f"<{type(value).__qualname__}>"]
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+
+    def show() -> None:
+        with contextlib.suppress(BaseException):
+            texts.append(short.repr(value)[:400])
+
+    thread = threading.Thread(target=show, daemon=True)  # as it may take for ever
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        thread.start()
+        thread.join(timeout=1)
+    return texts[-1]
+
+
+class _Inbox:
+    """The reports of a run's batches, in the order in which they are wanted.
+
+    Any thread may call `put` and `fail`, which cannot block or fail; the consumer's
+    thread alone calls `take`.
+    """
+
+    def __init__(self, *, ordered: bool) -> None:
+        self.reports: queue.SimpleQueue[tuple[int | None, Any]] = queue.SimpleQueue()
+        self.put = self.reports.put
+        self.ordered = ordered
+        self.next_number = 0  # of the batch whose turn it is, if ordered
+        self.early: dict[int, Any] = {}  # outcomes of batches whose turn it is not
+
+    def fail(self, error: BaseException) -> None:
+        """Report an error that ends the run, of no batch that is known."""
+        self.put((None, _Failure(error, ends_run=True)))
+
+    def take(self, timeout: float) -> tuple[int | None, Any]:
+        """Return the number of the next batch, or None, and what has become of it.
+
+        Raise `queue.Empty` after *timeout* seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while self.next_number not in self.early:
+            number, outcome = self._wait_until(deadline)
+            if number is None or not self.ordered:
+                return number, outcome
+            self.early[number] = outcome
+        self.next_number += 1
+        return self.next_number - 1, self.early.pop(self.next_number - 1)
+
+    def _wait_until(self, deadline: float) -> tuple[int | None, Any]:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return self.reports.get_nowait()
+            with contextlib.suppress(queue.Empty):
+                # Python 3.10 may wait for ever for what is over before it has begun.
+                return self.reports.get(timeout=min(max(left, 0.01), _WAIT_SLICE))
+
+
+class _Progress:
+    """What *verbose* prints, about as often as joblib does."""
+
+    def __init__(self, verbose: float, total: int | None) -> None:
+        self.verbose = verbose
+        self.total = total
+        self.done = 0
+        self.start = time.monotonic()
+
+    def add(self, count: int) -> None:
+        # The lag between two messages grows with the square root of their number.
+        scale = 0.5 * (11 - min(self.verbose, 10.5)) ** 2
+        before, self.done = self.done, self.done + count
+        steps = {math.isqrt(int(done / scale)) for done in (before, self.done)}
+        stream = sys.stderr if self.verbose < 50 else sys.stdout
+        if (
+            stream
+            and not stream.closed
+            and (len(steps) > 1 or self.verbose > 10 or self.done == self.total)
+        ):
+            of = "" if self.total is None else f" out of {self.total:3d}"
+            seconds = time.monotonic() - self.start
+            print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream, flush=True)
+
+
+class _BatchSizes:
+    """The rule of ``batch_size="auto"``, which `Joblib.setup` tells.
+
+    It has the methods that joblib's backends have for it.
+    """
+
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
+        self.size = 1
+
+    def compute_batch_size(self) -> int:
+        weight = self.engine.task_weight
+        self.size = min(self.size, max(1, int(_HEAVIEST_BATCH / max(weight, 1))))
+        return self.size
+
+    def batch_completed(self, size: int, seconds: float) -> None:
+        """Take note of how long a batch was out, until its results had been read."""
+        if size == self.size and not 0.2 <= seconds <= 2:
+            steps = 64 if seconds < 0.001 else 16 if seconds < 0.01 else 2
+            self.size = (
+                int(min(0.4 * size / seconds, steps * size, _LARGEST_BATCH)) or 1
+            )
+
+
+def _report(inbox: _Inbox, number: int, outcome: Any) -> None:
+    """Report the outcome of a batch: what an engine does, in any thread.
+
+    It refers to nothing of the run but the inbox, or a run that its own tasks refer to
+    would never be collected.
+    """
+    inbox.put((number, outcome))
+
+
+class _Batch:
+    """Tasks that travel together, for as long as they are out."""
+
+    def __init__(self, number: int, first: int, tasks: list[Any]) -> None:
+        self.number = number
+        self.first = first  # the number of its first task
+        self.tasks = tasks
+        self.data: Any = None  # the tasks, pickled
+        self.sent = 0.0  # when
+        self.unsent: dict[int, BaseException] = {}  # by index: could not be pickled
+        self.arrays: list[Any] = []  # that lie in files for it, which go with them
+        self.scattered: dict[str, Any] = {}  # on Dask, by the user
+
+
+class _Run:
+    """One call of `Joblib.setup`: its function, tasks and results.
+
+    All is for the consumer's thread. Only the run's generator refers to it: nothing
+    that an engine keeps, and no registry, does. Otherwise a run that its own tasks,
+    results or function refer to would never be collected, and so never end.
+    """
+
+    def __init__(
+        self, task_func: Any, tasks: Any, num_workers: int | None, options: Any
+    ) -> None:
+        self.task_func, self.tasks = _checked(task_func, tasks)
+        n_jobs = _checked_num_workers(num_workers)
+        backend = _chosen_backend(options)
+        _check_options(options, backend, n_jobs)
+        self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
+        self.returns_errors = options.pop("errors", None) == "return"
+        self.timeout: float | None = options.pop("timeout", None)
+        self.most_tasks: int | None = options.pop("maxtasksperchild", None)
+        self.engine = _engine_like(backend)
+        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.engine, **options)
+        self.lifetime = _Lifetime(self)
+        self.total: int | None = None
+        with contextlib.suppress(TypeError):
+            self.total = len(tasks)
+        self.tasks_error: BaseException | None = None
+        self.is_exhausted = False
+        self.progress: _Progress | None = None
+        self.task_seconds = math.inf  # that a task was out, of the last batch
+        self.ready: deque[_Batch] = deque()  # drawn, and not yet sent
+        self.out: dict[int, _Batch] = {}
+        self.most_out: float = 0  # batches
+        self.batches, self.drawn = itertools.count(), 0
+        self.completed: _Batch | None = None  # whose results are being handed out
+        self.results: list[Any] = []  # received, and not yet handed out; reversed
+        self.waiting_since: float | None = None
+
+    def start(self) -> bool:
+        """Start the engine. Return False if this process is to run the tasks."""
+        engine, parallel = self.engine, self.parallel
+        if parallel.verbose:
+            self.progress = _Progress(parallel.verbose, self.total)
+        self.lifetime.begin()
+        with self.lifetime.at_work():
+            workers = int(engine.effective_n_jobs(parallel.n_jobs))
+            if workers == 0:  # as joblib says it, of a cluster
+                raise RuntimeError(f"{type(engine).__name__} has no active worker")
+            asks = self.timeout is not None or self.returns_errors or self.most_tasks
+            if workers == 1 and not (asks and engine.can_isolate()):
+                return False
+            self.lifetime.clean_ups.push(parallel)
+            parallel.__enter__()
+            self.lifetime.clean_ups.callback(engine.stop_call)
+            engine.start_call()
+            engine.workers = workers
+            auto = joblib.parallel.AutoBatchingMixin.compute_batch_size
+            own = type(engine).compute_batch_size is not auto
+            self.sizes = engine if own else _BatchSizes(engine)
+            self.most_out = _most_batches(parallel.pre_dispatch, workers)
+            engine.prepare(self)
+        return True
+
+    def dispatch(self) -> bool:
+        """Draw and send until all is out that may be. Return whether anything is."""
+        with self.lifetime.at_work():
+            if self.completed is not None:
+                self.note_completion(self.completed)
+            if self.engine.has_changed():
+                formula = self.parallel.pre_dispatch
+                with contextlib.suppress(ValueError):  # it comes to 0 for a moment
+                    self.most_out = _most_batches(formula, self.engine.workers)
+            while len(self.out) < self.most_out and not self.lifetime.has_failed:
+                if not self.ready and not self.is_exhausted:
+                    self.draw()
+                if not self.ready:
+                    break
+                self.send(self.ready.popleft())
+        return bool(self.out)
+
+    def draw(self) -> None:
+        """Draw the tasks of the next batches: of one, if a batch has one task.
+
+        Larger ones are drawn for all workers at once, so that the end is seen in time
+        to share out what is left in small batches, but for what takes no time. An error
+        of the tasks is kept until the results of what they did yield are out.
+        """
+        size, workers = self.parallel.batch_size, self.engine.workers
+        if size == "auto":
+            size = int(self.sizes.compute_batch_size())
+        size = min(size, self.most_tasks or size)
+        count = 1 if size == 1 else min(size * workers, sys.maxsize)
+        drawn: list[Any] = []
+        try:
+            drawn.extend(itertools.islice(self.tasks, count))
+        except (Exception, GeneratorExit) as error:
+            self.tasks_error = error
+        if len(drawn) < count:
+            self.is_exhausted = True
+            least = int(0.002 / self.task_seconds)
+            size = max(1, min(size, max(least, len(drawn) // (10 * workers))))
+        for start in range(0, len(drawn), size):
+            tasks = drawn[start : start + size]
+            batch = _Batch(next(self.batches), self.drawn, tasks)
+            self.drawn += len(tasks)
+            self.engine.pack(batch)
+            self.ready.append(batch)
+
+    def send(self, batch: _Batch) -> None:
+        batch.sent = time.monotonic()
+        self.out[batch.number] = batch
+        self.lifetime.is_busy = True
+        report = functools.partial(_report, self.inbox, batch.number)
+        try:
+            self.engine.send(self, batch, report)
+        except Exception as error:
+            # To be raised after the results that came before it.
+            report(_Failure(error, ends_run=True))
+            self.lifetime.has_failed = True
+
+    def next_batch(self) -> tuple[list[Any], BaseException | None]:
+        """Wait for a batch. Return its results, reversed, and an error that ends all.
+
+        Both are missing if there is nothing yet, but it is time to look at the engine.
+        """
+        with self.lifetime.at_work():
+            report = self.wait()
+            if report is None:
+                return [], None
+            number, outcome = report
+            batch: Any = None if number is None else self.out.pop(number)
+            received: Any
+            try:
+                received = self.engine.read(outcome)
+            except Exception as caught:
+                received = [], {}, _Failure(caught)
+            if received is None:
+                self.inbox.next_number = batch.number  # if in order, it is its turn
+                self.engine.pack(batch, apart=True)
+                self.send(batch)
+                return [], None
+            results, error = self.yields(batch, *received)
+            self.completed, self.lifetime.is_busy = batch, bool(self.out)
+        results.reverse()
+        self.results = results
+        return results, error
+
+    def wait(self) -> tuple[int | None, Any] | None:
+        """Return the next report, or None if it is time to look at the engine."""
+        now = time.monotonic()
+        if self.waiting_since is None:
+            self.waiting_since = now
+        limit = math.inf if self.engine.limits_tasks else self.timeout
+        left = self.waiting_since + (math.inf if limit is None else limit) - now
+        try:
+            report = self.inbox.take(min(left, self.engine.look_again))
+        except queue.Empty:
+            if left > self.engine.look_again:
+                return None
+            raise self.timeout_error() from None
+        self.waiting_since = None
+        return report
+
+    def timeout_error(self) -> _TaskTimeoutError:
+        early = self.inbox.early  # in order, these wait for the others
+        batches = [self.out[number] for number in self.out.keys() - early]
+        oldest = min(batches, key=operator.attrgetter("first"))
+        return _TaskTimeoutError(
+            f"no task has completed within the timeout of {self.timeout!r} seconds. "
+            f"{sum(len(batch.tasks) for batch in batches)} are out, of which the "
+            f"oldest batch is: {_batch_note(oldest.first, oldest.tasks)}"
+        )
+
+    def yields(
+        self, batch: Any, results: list[Any], failures: Any, failure: _Failure | None
+    ) -> tuple[list[Any], Any]:
+        """Return what the run yields for a batch, and an error that ends the run."""
+        if batch is None:
+            return [], failure and failure.error
+        if not (failures or failure):
+            return results, None
+        done = len(results)
+        rest: Any = failure and self.engine.explained(
+            failure, _batch_note(batch.first + done, batch.tasks[done:])
+        )
+        items: list[Any] = []
+        for index, task in enumerate(batch.tasks):
+            number, error = batch.first + index, rest
+            if index in failures:
+                packed = batch.unsent.pop(index, failures[index])
+                note = _task_note(number, task)
+                error = _as_raised(self.engine.unpacked(packed, note, batch), note)
+            elif index < done:
+                items.append(results[index])
+                continue
+            ends_run = error is rest and failure is not None and failure.ends_run
+            if not self.returns_errors or ends_run or _leaves_debugger(error):
+                self.lifetime.has_failed |= failure is not None
+                return items, error
+            items.append(FailedTask(number, task, error))
+        return items, None
+
+    def note_completion(self, batch: _Batch) -> None:
+        """Let the size of batches follow; the time of reading counts, too."""
+        self.completed = None
+        size = len(batch.tasks)
+        seconds = max(time.monotonic() - batch.sent, 1e-6)  # some clocks tick seldom
+        self.task_seconds = seconds / size
+        self.sizes.batch_completed(size, seconds)
+        if self.progress is not None:
+            self.progress.add(size)
+
+
+def _results(run: _Run) -> Generator[Any, None, None]:
+    """Yield the results of a run: what `Joblib.setup` returns."""
+    # Also if an interrupt keeps this from reaching its end.
+    end = weakref.finalize(run, run.lifetime.end)
+    end.atexit = False  # _at_exit does that
+    error: BaseException | None = None
+    try:
+        if not run.start():
+            yield from _one_by_one(
+                run.task_func,
+                run.tasks,
+                run.progress,
+                returns_errors=run.returns_errors,
+            )
+            return
+        with run.engine.retrieval_context():
+            while error is None and run.dispatch():
+                results, error = run.next_batch()
+                while results:
+                    yield results.pop()  # hold on to none that has been handed out
+        if error is None:
+            error = run.tasks_error
+        if error is not None:
+            # Not inside `with`, which assigns to attributes of errors. Python itself
+            # makes a RuntimeError of a StopIteration here.
+            raise error
+    finally:
+        run.tasks_error = None
+        end()  # here, since Python drops an interrupt of what the collector calls
+        del error, run  # as its traceback refers to this frame
+
+
+# --------------------------------------------------------------------------------------
+# Ends of runs.
+#
+# However a run ends (`finally` of _results, the finalizer of its _Run, or a hook at
+# exit), its lifetime's `end` is called. In a thread of its own that calls `clean_up`:
+# what is out is called off by `abort_everything` of the engine, which kills workers
+# that are busy; `stop_call` and `terminate` follow, as with joblib.
+#
+# A lifetime stands in _open_runs from the start of the run until all that it has
+# started has ended. When the interpreter exits, runs that nobody will read to the end
+# are ended: those that were last read in the main thread, in one that has ended, or in
+# a daemon thread. Then all pools of workers are stopped. There are two hooks: of atexit,
+# before those of Dask and Ray; and of multiprocessing, for its child processes.
+
+
+class _Lifetime:
+    """Who reads a run, what it has started, and whether it has ended.
+
+    Any thread may call `end`, which has `clean_up` called in a thread of its own; the
+    rest is for the consumer's thread.
+    """
+
+    def __init__(self, run: _Run) -> None:
+        self.run = weakref.ref(run)
+        self.engine = run.engine
+        self.pid = 0  # of the process that it was started in
+        self.reader = threading.current_thread()  # who has last read it
+        self.is_at_work = False  # inside of the engine
+        self.is_busy = False  # something is out
+        self.has_failed = False  # the engine, which takes no more
+        self.end_once = threading.Lock()  # test-and-set: it is never unlocked
+        self.ended = threading.Event()  # set if there is nothing to end
+        self.ended.set()
+        self.clean_ups = contextlib.ExitStack()  # all of them are done, if one fails
+
+    def begin(self) -> None:
+        self.pid, self.reader = os.getpid(), threading.current_thread()
+        self.ended.clear()
+        _open_runs.add(self)
+        _end_all_at_exit(self.pid)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Surround what the consumer's thread does with the engine."""
+        if self.pid != os.getpid():
+            raise RuntimeError(
+                "a run cannot be read in a fork of the process it is from"
+            )
+        self.reader, self.is_at_work = threading.current_thread(), True
+        try:
+            yield
+        finally:
+            self.is_at_work = False
+
+    def end(self) -> None:
+        """End the run, and wait for that if it is this thread's. May be repeated.
+
+        It is done in another thread, where no signal handler interrupts it, and which
+        can wait for whatever this one may hold: the garbage collector may call this
+        anywhere, even in the middle of another run's work.
+        """
+        if self.ended.is_set() or self.pid != os.getpid():
+            return
+        if self.end_once.acquire(blocking=False):
+            _call_in_thread(self._end)
+        me = threading.current_thread()
+        is_busy = any(run.is_at_work and run.reader is me for run in list(_open_runs))
+        if self.reader is me and not is_busy:
+            self.ended.wait(timeout=10)
+
+    def _end(self) -> None:
+        try:
+            self.clean_up()
+        finally:
+            _open_runs.discard(self)
+            self.ended.set()
+
+    def clean_up(self) -> None:
+        """Call off what is out; stop the workers, or keep them for the next run."""
+        if self.is_busy or self.has_failed:
+            self.clean_ups.callback(self.engine.abort_everything, ensure_ready=False)
+        self.clean_ups.close()
+        self.engine.parallel = None  # which refers to the engine
+
+    def fail(self, error: BaseException) -> None:
+        """Let whoever reads on meet an error."""
+        run = self.run()
+        if run is not None:
+            run.inbox.fail(error)
+
+
+_open_runs: set[_Lifetime] = set()
+_idle_pools: list[_Pool] = []  # only ever changed by atomic calls, so needs no lock
+_pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all that are not collected
+_most_idle = 3  # pools; none in a fork, which may end without any clean-up, or at exit
+_inherited: list[Any] = []  # what a fork has of its parent, which must not be collected
+
+
+def _call_in_thread(function: Callable[[], object]) -> None:
+    """Start *function* in a thread; call it here if no thread can be started."""
+    thread = threading.Thread(target=function, daemon=True)
+    try:
+        if not sys.is_finalizing():
+            thread.start()
+            return
+    except RuntimeError:  # a limit is reached, or the interpreter exits
+        pass
+    function()
+
+
+@functools.cache
+def _end_all_at_exit(pid: int) -> None:
+    """See to it, once a process, that nothing is left when it exits."""
+    atexit.register(_at_exit, pid)
+    multiprocessing.util.Finalize(None, _at_exit, (pid,), exitpriority=100)
+
+
+def _at_exit(pid: int) -> None:
+    """End the runs that nobody will read to the end, and stop their workers."""
+    global _most_idle
+    if pid != os.getpid():  # a fork
+        return
+    _most_idle = 0
+    read_on = set()
+    for run in list(_open_runs):
+        reader = run.reader
+        if reader is threading.main_thread() or not reader.is_alive():
+            # Whoever reads on, in a hook that comes later, must not take it for the
+            # end.
+            run.fail(RuntimeError("the run was ended, since the interpreter exits"))
+        elif reader.daemon:
+            run.fail(SystemExit())  # which ends a thread in silence
+        else:
+            read_on.add(run.engine.pool)  # `threading` waits for it
+            continue
+        run.end()
+        run.ended.wait(timeout=10)
+    for pool in set(_pools) - read_on:
+        pool.stop()
+
+
+def _stop_idle_pools(most: int = 0) -> None:
+    """Stop idle workers, those that have been idle for longest first."""
+    while len(_idle_pools) > most:
+        with contextlib.suppress(IndexError):  # another thread has taken it
+            _idle_pools.pop(0).stop()
+
+
+# All starts of processes take this: a fork in the middle of one would hold the ends of
+# connections open.
+_starting = threading.RLock()
+_our_ends: set[Any] = set()  # of connections to workers, and of the life line
+_life_line: Any = None  # a pipe that ends when this process does
+
+
+def _after_fork() -> None:
+    """In a fork: let go of what the parent's runs have, and touch none of it."""
+    global _open_runs, _idle_pools, _most_idle, _life_line, _starting
+    _starting = threading.RLock()  # of which no other thread of the parent has a part
+    pools = [*_pools]
+    _inherited.append((_open_runs, _idle_pools, pools))
+    for lifetime in _open_runs:
+        run = lifetime.run()
+        if run is not None:
+            run.results.clear()  # which are to be read in the parent
+    for end in _our_ends:
+        end.close()  # or the parent's workers would not see that it has ended
+    # Python would stop the parent's worker processes, or fail to wait for them.
+    workers = {worker.process for pool in pools for worker in pool.workers}
+    if workers:
+        _private(multiprocessing.process, "_children").difference_update(workers)
+    _open_runs, _idle_pools, _most_idle, _life_line = set(), [], 0, None
+    _pools.clear()
+    _our_ends.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _starting.acquire(),
+        after_in_parent=lambda: _starting.release(),
+        after_in_child=_after_fork,
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Engines: joblib's backends, and what they lack.
+
+
+# Private names of Python and joblib that this file uses, and what for. Looked at in
+# Python 3.10 to 3.14 and joblib 1.5.0 to 1.6.0. Without one of them no run of processes
+# starts.
+_PRIVATE_NAMES = {
+    # multiprocessing.process
+    "_children": "to let a fork not stop its parent's workers",
+    # joblib._memmapping_reducer
+    "get_memmapping_reducers": "to map large arrays",
+    "_get_temp_dir": "to put files where joblib would",
+    # joblib.parallel.ParallelBackendBase
+    "_prepare_worker_env": "to limit the threads of libraries in workers",
+}
+
+
+def _private(owner: Any, name: str) -> Any:
+    """Return an attribute that stands in the list above."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        message = f"{name}, which is needed {_PRIVATE_NAMES[name]}, is not in {owner!r}"
+        versions = f"joblib {joblib.__version__}, Python {sys.version.split()[0]}"
+        raise RuntimeError(f"{message} ({versions}): use another version") from None
+
+
+_Received = tuple[list[Any], dict[int, Any], "_Failure | None"]
+_ReportFunction = Callable[[Any], None]
+
+
+# To a type checker the base could be anything: hence the "ignore", here and below.
+class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
+    """Mixed into the class of a joblib backend: what the loop asks of it.
+
+    This is what threads and backends of others need. All but `abort_everything`,
+    `stop_call` and `terminate`, which are called in the thread that ends the run, is
+    for the consumer's thread.
+    """
+
+    more_options: frozenset[str] = frozenset()  # that no signature tells of
+    pool: Any = None
+    workers = 1
+    limits_tasks = False  # it keeps *timeout* itself, for each task
+    look_again = math.inf  # seconds after which it may have changed
+    task_weight: float = 0  # bytes of arrays in a task, if known
+
+    def separate_from(self, original: Any) -> None:
+        """Give up what must not be shared with *original*, of which this is a copy."""
+        if getattr(original, "_pool", None) is not None:  # somebody else's threads
+            self._pool = None
+        if hasattr(self, "reset_batch_stats"):
+            self.reset_batch_stats()  # those of another run
+
+    def can_isolate(self) -> bool:
+        """Tell whether one worker would be another process, which can be killed."""
+        return False
+
+    def has_changed(self) -> bool:
+        """Tell whether there are more workers than there were, or fewer."""
+        return False
+
+    def prepare(self, run: _Run) -> None:
+        """Get ready for the batches of a run."""
+
+    def pack(self, batch: _Batch, *, apart: bool = False) -> None:
+        """Pickle a batch as it was drawn, if it is to be."""
+
+    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
+        """Submit a batch."""
+        in_thread = getattr(self, "supports_sharedmem", False)
+        run_batch = _WORKER.run_in_thread if in_thread else _by_value("run_batch")
+        arguments = run.task_func, run.returns_errors, *batch.tasks
+        self.submit(self.calls_of(batch, run_batch, *arguments), callback=report)
+
+    def calls_of(self, batch: _Batch, function: Any, *arguments: Any) -> Any:
+        """Return what joblib's backends take as a batch: a call of *function*."""
+        calls = joblib.parallel.BatchedCalls(batch.tasks, self.get_nested_backend())
+        # One call a batch: a call a task takes several times longer to make, to send
+        # and to unpickle.
+        calls.items = [(function, arguments, {})]
+        return calls
+
+    def read(self, outcome: Any) -> _Received | None:
+        """Return the results of a batch, what failed among them, and what ended it.
+
+        The results are those of the first tasks, in their order; None stands for that
+        of a task that failed. If tasks have to be sent again, apart, None is returned.
+        """
+        if isinstance(outcome, _Failure):
+            return [], {}, outcome
+        ((results, failures),) = self.retrieve_result_callback(outcome)
+        return results, failures, None
+
+    def unpacked(self, error: Any, note: str, batch: _Batch) -> BaseException:
+        """Return the error of a task, from what the worker has sent."""
+        if isinstance(error, BaseException):
+            return error
+        return _unpacked_error(error, note)
+
+    def explained(self, failure: _Failure, rest: str) -> Any:
+        """Return the error that ended a batch; *rest* says of which tasks."""
+        return _as_raised(failure.error, rest)
+
+
+def _is_registered(backend: Any, name: str) -> bool:
+    """Tell whether *backend* is of the class that is registered by that name."""
+    kind = joblib.parallel.BACKENDS.get(name)
+    return isinstance(kind, type) and isinstance(backend, kind)
+
+
+def _mixin_for(backend: Any) -> Any:
+    if isinstance(backend, joblib.parallel.LokyBackend):
+        return _Loky
+    if _is_registered(backend, "dask"):
+        return _Dask
+    if _is_registered(backend, "ray"):  # derived from that of multiprocessing
+        return _Ray
+    if isinstance(backend, joblib.parallel.MultiprocessingBackend):
+        return _Multiprocessing
+    return _Engine
+
+
+@functools.cache
+def _engine_class(mixin: Any, kind: Any) -> Any:
+    if issubclass(mixin, kind):
+        bases: Any = (mixin,)
+    elif issubclass(mixin, _Processes):
+        bases = (kind, mixin)  # what a third party adds to loky wraps what we do
+    else:
+        bases = (mixin, kind)
+    return type(kind.__name__, bases, {})
+
+
+def _engine_like(backend: Any) -> Any:
+    """Return an engine for one run like *backend*, which is left as it is."""
+    is_sequential = isinstance(backend, joblib.parallel.SequentialBackend)
+    if not (is_sequential or backend.supports_retrieve_callback):
+        raise ValueError(
+            f"backend must tell when a batch has completed, got {backend!r}"
+        )
+    kind: Any = type(backend)
+    engine = object.__new__(_engine_class(_mixin_for(backend), kind))
+    vars(engine).update(vars(backend))
+    engine.separate_from(backend)
+    return engine
+
+
+# ---- what is pickled -----------------------------------------------------------------
+
+
+class _PicklesAs:
+    """Something that arrives in a worker as what *function* returns for *arguments*."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.reduced = function, arguments
@@ -912,28 +1698,12 @@ class _SentAs:
         raise TypeError("it is a function in workers only")  # pickle wants a callable
 
 
-def _of_worker(name: str) -> _SentAs:
-    """Return what stands for a function that `prepare` has given to the worker."""
-    return _SentAs(getattr, _SentAs(importlib.import_module, _WORKER_MODULE), name)
-
-
-_RUN_BATCH = _SentByValue(_IN_PROCESS.run_batch)
-_RUN_BATCH_OF_THREAD = _SentByValue(_IN_PROCESS.run_batch_of_thread)
-_FUNCTION_OF = _SentByValue(_IN_PROCESS.function_of)
-_PREPARE = _SentByValue(_IN_PROCESS.prepare)
-
-
-def _dumps(value: Any, reducers: Any = None) -> bytes:
-    """Pickle like joblib, which takes functions of the program and lambdas, too."""
-    return bytes(_loky("backend.reduction").dumps(value, reducers=reducers))
-
-
-def _pickled_function(task_func: Any, reducers: Any = None) -> bytes:
-    try:
-        return _dumps(task_func, reducers)
-    except Exception as error:
-        message = f"task_func cannot be pickled: {_shown(task_func)}: {error!r}"
-        raise pickle.PicklingError(message) from error
+@functools.cache
+def _by_value(name: str) -> _PicklesAs:
+    """Return what stands for a function that runs in workers (see below)."""
+    wrap = joblib.wrap_non_picklable_objects
+    function, arguments = wrap(getattr(_WORKER, name), keep_wrapper=False).__reduce__()
+    return _PicklesAs(function, *arguments)
 
 
 def _set_cause(error: BaseException, text: str) -> None:
@@ -968,780 +1738,284 @@ def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any
     return error
 
 
-def _add_note(error: BaseException, note: str) -> None:
-    # Python 3.10, of which a type checker knows that it has no notes, or a class that
-    # refuses them.
-    with contextlib.suppress(Exception):
-        error.add_note(note)  # type: ignore[attr-defined, unused-ignore]
+def _are_plain(values: list[Any]) -> bool:
+    return _PLAIN.issuperset(map(type, values))
 
 
-# --------------------------------------------------------------------------------------
-# Running tasks.
-#
-# The consumer is whoever reads the generator that `setup` returns. An engine is what
-# runs the batches of a joblib backend: worker processes of loky or multiprocessing,
-# threads, Dask or Ray.
-#
-#    the consumer's thread, in _results()              threads of the     workers
-#                                                      engine
-#   +---------------------------------------+
-#   |  1 draw      _Source --> tasks        |
-#   |                            |          |
-#   |  2 submit    _Engine <-- batch -------|--------> queue -----------> run_batch(
-#   |                                       |                               task_func,
-#   |  3 wait      _Inbox <-----------------|-------- put(report) <------   *tasks)
-#   |                |                      |
-#   |  4 hand out    +--> results --> yield |
-#   +---------------------------------------+
-#
-#   a thread that ends a run: _Lifetime.end() -> _Run.clean_up()
-#
-# That is all of it: one loop, in the thread that calls next(). The loop draws tasks
-# until as many batches are out as *pre_dispatch* says, waits for a report, hands out
-# its results, and draws again. So runs are lazy, bounded, composable and lossless by
-# construction. All that a thread of an engine ever does is to put a report into the
-# inbox of the run, which cannot block or fail.
-#
-# joblib's Parallel resolves what a user has configured, and enters and leaves its
-# backend; of the backend, the loop calls what joblib calls: `submit`, with
-# BatchedCalls and a callback, and the two methods that reckon batch sizes.
+def _told(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(type(error), error)).strip()
 
 
-class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
-    """No task completed in time. joblib's users catch the one, others the other."""
+def _without_first_frame(error: BaseException) -> BaseException:
+    """Let go of the frame that has caught *error*, which is to refer to it."""
+    trace = error.__traceback__
+    return error.with_traceback(trace and trace.tb_next)
 
 
-class _WorkerTraceback(Exception):
-    """The text of a traceback from elsewhere, as the cause of an error."""
+class _Remote(_Engine):
+    """An engine whose workers are other processes: what is sent to them is pickled.
 
-
-class _OneWorker(Exception):
-    """Raised by a backend that would have one worker: this process can do its work."""
-
-
-class _Failure:
-    """An error of an engine in place of the outcome of a batch.
-
-    Its traceback is kept as text, since frames would refer to the run.
+    All of that is done here, in the consumer's thread, so that an error names its task,
+    keeps the results before it, and costs no worker.
     """
 
-    def __init__(self, error: BaseException) -> None:
-        if error.__traceback__ is not None:
-            _set_cause(error, "".join(traceback.format_exception(error)).strip())
-            error.__context__ = None
-        self.error = error.with_traceback(None)
+    dump: Any = None  # pickles the function and the tasks
+    files: Any = None  # _Files, if large arrays are mapped
 
-
-# Of tasks that take no time, joblib would send 100,000 and more at once. So many gain
-# nothing, but all that are out have to be kept in memory.
-_LARGEST_BATCH = 8192
-
-# Seconds. Of what takes less, larger batches are made at once.
-_SHORT_BATCH = 0.01
-
-# Bytes of arrays in the tasks of a batch, beyond which it does not grow.
-_HEAVIEST_BATCH = 8_000_000
-
-# Seconds after which a wait looks whether there is still something to wait for. It is
-# also how long a Ctrl-C may have to wait on Windows, where it interrupts no lock.
-_WAIT_SLICE = 0.5
-
-
-def _one_by_one(
-    task_func: Callable[[T], R], tasks: Iterator[T], progress: _Progress | None = None
-) -> Generator[R, None, None]:
-    """Yield results like `map`, but a StopIteration of *task_func* is an error."""
-    for number, task in enumerate(tasks):
+    def prepare(self, run: _Run) -> None:
+        self.returns_errors, self.limit = run.returns_errors, run.timeout
+        self.tasks_pickled = 0
+        self.dump = self.pickler()
         try:
-            result = task_func(task)
+            payload = self.dump(run.task_func)
         except Exception as error:
-            _add_note(error, _task_note(number, _shown(task)))
-            raise
-        if progress is not None:
-            progress.add(1)
-        yield result
+            shown = _shown(run.task_func)
+            message = f"task_func cannot be pickled: {shown}: {_told(error)}"
+            raise pickle.PicklingError(message) from error
+        self.take_function(payload)
 
+    def pickler(self) -> Any:
+        return _WORKER.make_dump({types.CodeType: _code_with_its_file})
 
-def _task_note(number: int, shown: str | None) -> str:
-    return f"Task {number} (counted from 0): {shown}"
-
-
-class _Source:
-    """The function and the tasks of a run; for the consumer's thread.
-
-    Only the run's generator refers to it: nothing that an engine keeps while workers
-    are busy does. Otherwise a run that its own tasks refer to would never be collected.
-    """
-
-    def __init__(self, task_func: Callable[[Any], Any], tasks: Iterable[Any]) -> None:
-        _check_task_func(task_func)
-        self.task_func = task_func
-        try:
-            self.tasks = iter(tasks)
-        except TypeError as error:
-            raise TypeError(f"tasks must be iterable, got {tasks!r}") from error
-        self.total: int | None = None
-        with contextlib.suppress(TypeError):
-            self.total = len(cast(Sized, tasks))
-        self.error: BaseException | None = None
-        self.is_exhausted = False
-
-    def draw(self, size: int, workers: int, least: int) -> list[list[Any]]:
-        """Draw the tasks of the next batches: of one, if a batch has one task.
-
-        Larger ones are drawn for all workers at once, so that the end is seen in time
-        to share out what is left in small batches, of no less than *least*. An error of
-        the tasks is kept until the results of what they did yield are out.
-        """
-        count = 1 if size == 1 else min(size * workers, sys.maxsize)
-        drawn: list[Any] = []
-        try:
-            drawn.extend(itertools.islice(self.tasks, count))
-        except (Exception, GeneratorExit) as error:
-            self.error = error
-        if len(drawn) < count:
-            self.is_exhausted = True
-            size = min(size, max(least, len(drawn) // (10 * workers)))
-        return [drawn[i : i + size] for i in range(0, len(drawn), size)]
-
-
-def _results(run: _Run, source: _Source) -> Generator[Any, None, None]:
-    """Yield the results of a run: what `Joblib.setup` returns."""
-    # Also if an interrupt keeps this from reaching its end.
-    end = weakref.finalize(source, run.end)
-    end.atexit = False  # _at_exit does that
-    error: BaseException | None = None
-    try:
-        if not run.start(source):
-            yield from _one_by_one(source.task_func, source.tasks, run.progress)
-            return
-        with run.engine.retrieval_context():
-            while error is None and run.dispatch(source):
-                results, error = run.next_batch()
-                while results:
-                    yield results.pop()  # hold on to none that has been handed out
-        if error is None:
-            error = source.error
-        if error is not None:
-            # Not inside `with`, which assigns to attributes of errors. Python itself
-            # makes a RuntimeError of a StopIteration here.
-            raise error
-    finally:
-        source.error = None
-        end()  # here, since Python drops an interrupt of what the collector calls
-        del error, run, source  # as its traceback refers to this frame
-
-
-class _Inbox:
-    """The reports of a run's batches, in the order in which they are wanted.
-
-    Any thread may call `put` and `fail`, which cannot block or fail; the consumer's
-    thread alone calls `take`.
-    """
-
-    def __init__(self, *, ordered: bool) -> None:
-        self.reports: queue.SimpleQueue[tuple[int | None, Any]] = queue.SimpleQueue()
-        self.put = self.reports.put
-        self.ordered = ordered
-        self.next_number = 0  # of the batch whose turn it is, if ordered
-        self.early: dict[int, Any] = {}  # outcomes of batches whose turn it is not
-
-    def fail(self, error: BaseException) -> None:
-        """Report an error of no batch that is known."""
-        self.put((None, _Failure(error)))
-
-    def take(
-        self, timeout: float | None, fault: Callable[[], Exception | None]
-    ) -> tuple[int | None, Any]:
-        """Return the number of the next batch, or None, and what has become of it.
-
-        Raise `queue.Empty` after *timeout* seconds.
-        """
-        while self.next_number not in self.early:
-            number, outcome = self._wait(timeout, fault)
-            if number is None or not self.ordered:
-                return number, outcome
-            self.early[number] = outcome
-        self.next_number += 1
-        return self.next_number - 1, self.early.pop(self.next_number - 1)
-
-    def _wait(
-        self, timeout: float | None, fault: Callable[[], Exception | None]
-    ) -> tuple[int | None, Any]:
-        """Return the next report, or a failure if none can be expected."""
-        deadline = math.inf if timeout is None else time.monotonic() + min(timeout, 1e9)
-        error: Exception | None = None
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                if left <= 0:
-                    return self.reports.get_nowait()
-                # Python 3.10 may wait for ever for what is over before it has begun.
-                return self.reports.get(timeout=min(max(left, 0.01), _WAIT_SLICE))
-            except queue.Empty:
-                if left <= _WAIT_SLICE:
-                    raise
-            if error is not None and fault() is not None:
-                return None, _Failure(error)  # the last reports had time to arrive
-            error = fault()
-
-
-class _Progress:
-    """What *verbose* prints, about as often as joblib does."""
-
-    def __init__(self, verbose: float, total: int | None) -> None:
-        self.verbose = verbose
-        self.total = total
-        self.done = 0
-        self.start = time.monotonic()
-
-    def add(self, count: int) -> None:
-        # The lag between two messages grows with the square root of their number.
-        scale = 0.5 * (11 - min(self.verbose, 10.5)) ** 2
-        before, self.done = self.done, self.done + count
-        steps = {math.isqrt(int(done / scale)) for done in (before, self.done)}
-        stream = sys.stderr if self.verbose < 50 else sys.stdout
-        if (
-            stream
-            and not stream.closed
-            and (len(steps) > 1 or self.verbose > 10 or self.done == self.total)
-        ):
-            of = "" if self.total is None else f" out of {self.total:3d}"
-            seconds = time.monotonic() - self.start
-            print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream, flush=True)
-
-
-class _Report:
-    """What an engine calls, once, with the outcome of a batch, in any thread.
-
-    Until then it keeps the tasks, and arrays that lie in files for it. It refers to
-    nothing of the run but the inbox: see _Source; and afterwards to nothing, since the
-    outcome may refer to it.
-    """
-
-    def __init__(self, inbox: _Inbox, number: int, tasks: list[Any]) -> None:
-        self.put: Callable[[Any], None] | None = inbox.put
-        self.number = number
-        self.tasks = tasks
-        self.held: list[Any] = []
-
-    def __call__(self, outcome: Any) -> None:
-        put, self.put, self.tasks, self.held = self.put, None, [], []
-        if put is not None:
-            put((self.number, outcome))
-
-
-class _Batch(NamedTuple):
-    """A batch that is out."""
-
-    first: int  # the number of its first task
-    size: int
-    submitted: float
-    report: weakref.ref[_Report]
-
-
-def _error_of_task(first: int, index: int, shown: str | None, error: Any) -> Any:
-    """Return what a task of a batch has raised, with a note that says which task."""
-    note = _task_note(first + index, shown)
-    if not isinstance(error, BaseException):
-        error = _unpacked_error(error, note)
-    _add_note(error, note)
-    return error
-
-
-def _timeout_error(
-    timeout: Any, out: dict[int, _Batch], early: Iterable[int]
-) -> _TaskTimeoutError:
-    batches = [out[number] for number in out.keys() - early]
-    oldest = min(batches, key=operator.attrgetter("first"))
-    report = oldest.report()
-    task = report.tasks[0] if report is not None and report.tasks else None
-    return _TaskTimeoutError(
-        f"no task has completed within the timeout of {timeout!r} seconds. "
-        f"{sum(batch.size for batch in batches)} are out, of which the oldest is: "
-        + _task_note(oldest.first, _shown(task))
-    )
-
-
-class _Lifetime:
-    """Who reads a run, and whether it has ended.
-
-    Any thread may call `end`, which has `clean_up` called in a thread of its own; the
-    rest is for the consumer's thread.
-    """
-
-    inbox: _Inbox
-    results: list[Any]
-
-    def __init__(self) -> None:
-        self.process = 0  # that it was started in
-        self.reader = threading.current_thread()  # who has last read it
-        self.is_at_work = False  # inside of the engine
-        self.end_once = threading.Lock()  # test-and-set: it is never unlocked
-        self.ended = threading.Event()  # set if there is nothing to end
-        self.ended.set()
-        self.has_failed = False  # the engine, or somebody in the middle of using it
-        self.clean_ups = contextlib.ExitStack()  # all of them are done, if one fails
-
-    def begin(self) -> None:
-        self.process, self.reader = os.getpid(), threading.current_thread()
-        self.ended.clear()
-        _open_runs.add(self)
-        _end_open_runs_at_exit()
-
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Surround what the consumer's thread does with the engine."""
-        if self.process != os.getpid():
-            raise RuntimeError(
-                "a run cannot be read in a fork of the process it is from"
-            )
-        self.reader, self.is_at_work = threading.current_thread(), True
-        try:
-            yield
-        finally:
-            self.is_at_work = False
-
-    def end(self) -> None:
-        """End the run, and wait for that if it is this thread's. May be repeated.
-
-        It is done in another thread, where no signal handler interrupts it, and which
-        can wait for whatever this one may hold: the garbage collector may call this
-        anywhere, even in the middle of another run's submission.
-        """
-        if self.ended.is_set() or self.process != os.getpid():
-            return
-        if self.end_once.acquire(blocking=False):
-            _call_in_thread(self._end)
-        me = threading.current_thread()
-        is_busy = any(run.is_at_work and run.reader is me for run in list(_open_runs))
-        if self.reader is me and not is_busy:
-            self.ended.wait(timeout=10)
-
-    def _end(self) -> None:
-        try:
-            self.clean_up()
-        finally:
-            _open_runs.discard(self)
-            self.ended.set()
-
-    def clean_up(self) -> None:
-        """Stop what was started."""
+    def take_function(self, payload: bytes) -> None:
+        """Keep the pickled function, which each worker is to unpickle once."""
         raise NotImplementedError
 
+    def pack(self, batch: _Batch, *, apart: bool = False) -> None:
+        if self.files is not None:
+            self.files.kept = batch.arrays
+        batch.data = self.pickled(batch, apart)
+        if self.files is not None:
+            self.tasks_pickled += len(batch.tasks)
+            self.task_weight = self.files.weight / self.tasks_pickled
 
-class _Run(_Lifetime):
-    """One call of `Joblib.setup`, but for its function and its tasks (see _Source).
+    def pickled(self, batch: _Batch, apart: bool) -> bytes:
+        """Return the pickled tasks of a batch.
 
-    All but `clean_up` is for the consumer's thread.
+        They travel together. Those of which one cannot be pickled or unpickled travel
+        apart, so that it costs none of the others; in its place there is nothing, which
+        cannot be unpickled.
+        """
+        # To unpickle a task is part of the time that it may take.
+        apart = apart or not (self.limit is None or _are_plain(batch.tasks))
+        if not apart:
+            with contextlib.suppress(Exception):
+                return bytes(self.dump(batch.tasks, _TOGETHER))
+        parts = []
+        for index, task in enumerate(batch.tasks):
+            try:
+                parts.append(self.dump(task))
+            except Exception as error:
+                message = f"a task cannot be pickled: {_told(error)}"
+                batch.unsent[index] = pickle.PicklingError(message)
+                batch.unsent[index].__cause__ = _without_first_frame(error)
+                parts.append(b"")
+        return _APART + pickle.dumps(parts, protocol=-1)
+
+    def read(self, outcome: Any) -> _Received | None:
+        outcome = self.retrieve_result_callback(outcome)
+        if isinstance(outcome, _Failure):
+            return [], {}, outcome
+        received: list[Any] = []
+        failures: dict[int, Any] = {}
+        for reply in outcome.replies:
+            kind, results, failed = pickle.loads(memoryview(reply)[1:])
+            if kind == "no function":
+                return [], {}, _Failure(_unpacked_error(failed), ends_run=True)
+            if kind == "unreadable":
+                return None
+            failures.update((len(received) + index, failed[index]) for index in failed)
+            if kind == "apart":
+                self.unpickle(results, failures, len(received))
+            received += results
+        return received, failures, outcome.failure
+
+    def unpickle(self, results: list[Any], failures: Any, first: int) -> None:
+        """Unpickle results that have come apart, each in its place."""
+        for index, data in enumerate(results):
+            if first + index not in failures:
+                try:
+                    results[index] = pickle.loads(data)
+                except Exception as error:
+                    message = f"the result cannot be unpickled: {_told(error)}"
+                    failure = pickle.UnpicklingError(message)
+                    failure.__cause__ = _without_first_frame(error)
+                    failures[first + index] = failure
+
+    def retrieve_result_callback(self, out: Any) -> Any:
+        return out
+
+    def unpacked(self, error: Any, note: str, batch: _Batch) -> BaseException:
+        unpacked = super().unpacked(error, note, batch)
+        has_arrays = self.files is not None and (batch.arrays or self.files.of_function)
+        text = f"{unpacked} {unpacked.__cause__}"
+        if has_arrays and re.search("(array|buffer|destination).* read-only", text):
+            return cast(BaseException, _as_raised(unpacked, _READ_ONLY))
+        return unpacked
+
+
+_READ_ONLY = (
+    "Arrays of more than max_nbytes are mapped, read-only: mmap_mode='c' lets a task "
+    "change its own view, max_nbytes=None sends copies"
+)
+
+
+class _Outcome(NamedTuple):
+    """What a worker has sent for a batch, and what kept it from sending the rest."""
+
+    replies: list[Any]
+    failure: _Failure | None = None
+
+
+# ---- Dask and Ray --------------------------------------------------------------------
+
+
+class _Dask(_Remote):
+    """Sends batches by the client itself: joblib's way to it scatters the tasks.
+
+    What is scattered is lost with its worker, and joblib (1.5.0 to 1.6.0) does not
+    report that; nor does it let go of the results of a run that was left. Here batches
+    are calls, and so is the function: Dask makes it again if it is lost.
     """
 
-    def __init__(self, num_workers: int | None, options: dict[str, Any]) -> None:
-        super().__init__()
-        n_jobs = _checked_num_workers(num_workers)
-        backend = _chosen_backend(options)
-        _check_options(options, backend, n_jobs)
-        self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
-        self.timeout: float | None = options.pop("timeout", None)
-        self.engine = _engine_like(backend, self.inbox)
-        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.engine, **options)
-        self.progress: _Progress | None = None
-        self.most_out: float = 0  # batches
-        self.ready: deque[list[Any]] = deque()  # drawn, and not yet submitted
-        self.out: dict[int, _Batch] = {}
-        self.numbers = itertools.count()
-        self.submitted = 0  # tasks
-        self.completed: _Batch | None = None  # whose results are being handed out
-        self.results = []  # received, and not yet handed out; reversed
-
-    def start(self, source: _Source) -> bool:
-        """Start the engine. Return whether it has several workers."""
-        if self.parallel.verbose:
-            self.progress = _Progress(self.parallel.verbose, source.total)
-        self.begin()
-        with self.at_work():
-            try:
-                self.parallel.__enter__()
-            except _OneWorker:
-                return False
-            finally:
-                self.clean_ups.push(self.parallel)
-            self.engine.start_call()
-            self.clean_ups.callback(self.engine.stop_call)
-            formula, workers = self.parallel.pre_dispatch, self.engine.workers
-            self.most_out = _most_batches(formula, workers)
-            self.engine.get_ready_for(source.task_func)
-        return True
-
-    def dispatch(self, source: _Source) -> bool:
-        """Draw and submit until all is out that may be. Return whether anything is."""
-        with self.at_work():
-            if self.completed is not None:
-                self.note_completion(self.completed)
-            while len(self.out) < self.most_out and not self.has_failed:
-                if not self.ready and not source.is_exhausted:
-                    size, least = self.engine.batch_sizes(self.parallel.batch_size)
-                    self.ready.extend(source.draw(size, self.engine.workers, least))
-                if not self.ready:
-                    break
-                self.submit(self.ready.popleft())
-        return bool(self.out)
-
-    def submit(self, tasks: list[Any]) -> None:
-        report = _Report(self.inbox, next(self.numbers), tasks)
-        first, self.submitted = self.submitted, self.submitted + len(tasks)
-        batch = _Batch(first, len(tasks), time.monotonic(), weakref.ref(report))
-        self.out[report.number] = batch
-        try:
-            self.engine.submit(self.engine.calls_of(report), callback=report)
-        except Exception as error:
-            # To be raised after the results that came before it.
-            report(_Failure(error))
-            self.has_failed = True
-
-    def next_batch(self) -> tuple[list[Any], BaseException | None]:
-        """Wait for a batch. Return its results, reversed, and an error."""
-        with self.at_work():
-            try:
-                number, outcome = self.inbox.take(self.timeout, self.engine.fault)
-            except queue.Empty:
-                early = self.inbox.early  # in order, these wait for the others
-                raise _timeout_error(self.timeout, self.out, early) from None
-            if number is not None:
-                self.completed = self.out.pop(number)
-            try:
-                self.results, failure = self.engine.results_of(outcome)
-            except BaseException as error:
-                self.has_failed = True
-                return [], error.with_traceback(None)
-        first = cast(_Batch, self.completed).first
-        return self.results, failure and _error_of_task(first, *failure)
-
-    def note_completion(self, batch: _Batch) -> None:
-        """Let joblib reckon the size of batches; it counts the time of reading, too."""
-        self.completed = None
-        self.engine.batch_completed(batch.size, time.monotonic() - batch.submitted)
-        if self.progress is not None:
-            self.progress.add(batch.size)
-
-    def clean_up(self) -> None:
-        """Call off what is out, stop the workers or keep them for the next run."""
-        if self.out or self.has_failed:
-            self.clean_ups.callback(self.engine.abort_everything, ensure_ready=False)
-        self.clean_ups.close()
-        self.engine.parallel = None  # which refers to the engine
-
-
-# --------------------------------------------------------------------------------------
-# Ending runs.
-#
-# However a run ends (`finally` of _results, the finalizer of its source, or a hook at
-# exit), its `end` is called. In a thread of its own that calls _Run.clean_up: what is
-# out is called off by `abort_everything` of the engine, which stops workers that are
-# busy; `stop_call` and `terminate` follow, as with joblib.
-#
-# A run stands in _open_runs from its start until all that it has started has ended.
-# When the interpreter exits, runs that nobody will read to the end are ended: those
-# that were last read in the main thread, in one that has ended, or in a daemon thread.
-# Then idle workers are stopped. There are three hooks: loky waits for its workers in a
-# hook of `threading`, which comes before those of `atexit`; a child process of
-# multiprocessing waits for its own children before both.
-
-_open_runs: set[_Lifetime] = set()
-_idle_pools: list[_Pool] = []  # only ever changed by atomic calls, so needs no lock
-_most_idle = 3  # pools; none in a fork, which may end without any clean-up, or at exit
-_inherited: list[Any] = []  # what a fork has of its parent, which must not be collected
-
-
-def _call_in_thread(function: Callable[[], object]) -> None:
-    """Start *function* in a thread; call it here if no thread can be started."""
-    thread = threading.Thread(target=function, daemon=True)
-    try:
-        if not sys.is_finalizing():
-            thread.start()
-            return
-    except RuntimeError:  # a limit is reached, or the interpreter exits
-        pass
-    function()
-
-
-def _at_exit() -> None:
-    """End the runs that nobody will read to the end, and idle workers."""
-    global _most_idle
-    _most_idle = 0
-    for run in list(_open_runs):
-        reader = run.reader
-        if reader is threading.main_thread() or not reader.is_alive():
-            # Whoever reads on, in a hook that comes later, must not take it for the
-            # end.
-            run.inbox.fail(
-                RuntimeError("the run was ended, since the interpreter exits")
-            )
-        elif reader.daemon:
-            run.inbox.fail(SystemExit())  # which ends a thread in silence
-        else:
-            continue  # `threading` waits for it
-        run.end()
-        run.ended.wait(timeout=10)
-    _stop_idle_pools()
-
-
-def _stop_idle_pools(most: int = 0) -> None:
-    """Stop idle workers, those that have been idle for longest first."""
-    while len(_idle_pools) > most:
-        with contextlib.suppress(IndexError):  # another thread has taken it
-            _idle_pools.pop(0).stop()
-
-
-@functools.cache
-def _end_open_runs_at_exit() -> None:
-    """See to it, once, that open runs are ended at exit."""
-    atexit.register(_at_exit)
-
-
-@functools.cache
-def _at_exit_before_loky(process: int) -> None:
-    """See to it, once a process, that they are ended before somebody waits for workers.
-
-    The last hook of `threading` to be registered is the first to run; so this is for
-    when loky has registered its own.
-    """
-    multiprocessing.util.Finalize(None, _at_exit, exitpriority=100)
-    _private(threading, "_register_atexit")(_at_exit)
-    _private(multiprocessing.process, "_children")  # which a fork will need
-    _private(_loky("process_executor"), "_threads_wakeups")
-    # loky means to register its own once, and does so again for each executor, since
-    # what it remembers is None (joblib 1.5.0 to 1.6.0). They would come before ours.
-    _loky("process_executor").process_pool_executor_at_exit = _at_exit
-
-
-def _disown_runs_of_parent() -> None:
-    """In a fork: let its exit not touch what the parent's runs have."""
-    global _open_runs, _idle_pools, _most_idle
-    _inherited.append((_open_runs, _idle_pools, [*_pools]))
-    for run in _open_runs:
-        run.results.clear()  # which are to be read there
-    # Python would stop the parent's worker processes, or fail to wait for them.
-    ours = {process for pool in _pools for process in pool.processes()}
-    _private(multiprocessing.process, "_children").difference_update(ours)
-    if ours:  # or loky may wait for a lock that a thread of the parent had
-        _private(_loky("process_executor"), "_threads_wakeups").clear()
-    _open_runs, _idle_pools, _most_idle = set(), [], 0
-    _pools.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown_runs_of_parent)
-
-
-# --------------------------------------------------------------------------------------
-# Engines: joblib's backends, and what they lack.
-
-
-# Private names of Python, joblib and loky that this file uses, and what for. Looked at
-# in Python 3.10 to 3.14 and joblib 1.5.0 to 1.6.0. Without one of them no run of
-# processes starts.
-_PRIVATE_NAMES = {
-    # threading
-    "_register_atexit": "to end runs before loky waits for their workers at exit",
-    # multiprocessing.process
-    "_children": "to let a fork not stop its parent's workers",
-    # joblib._memmapping_reducer
-    "get_memmapping_reducers": "to map large arrays",
-    "_get_temp_dir": "to put files where joblib would",
-    # joblib.parallel.ParallelBackendBase
-    "_prepare_worker_env": "to limit the threads of libraries in workers",
-    # joblib.externals.loky.process_executor, its ProcessPoolExecutor and queues
-    "_threads_wakeups": "to let a fork not wait for its parent's threads",
-    "_processes": "to stop workers",
-    "_executor_manager_thread": "to know whether anything will be reported",
-    "kill_workers": "of that thread: to stop workers with all that they have started",
-    "work_ids_queue": "of that thread: to empty it, or it looks for forgotten work",
-    "call_queue": "of that thread: to wait for the thread that fills it",
-    "result_queue": "of that thread: to end its wait for half a result",
-    "_reader": "of the former: to end the wait of the thread that fills it",
-    "_writer": "of the latter: for the same",
-    "_thread": "the one that fills the queue of calls",
-}
-
-
-def _private(owner: Any, name: str) -> Any:
-    """Return an attribute that stands in the list above."""
-    try:
-        return getattr(owner, name)
-    except AttributeError:
-        message = f"{name}, which is needed {_PRIVATE_NAMES[name]}, is not in {owner!r}"
-        versions = f"joblib {joblib.__version__}, Python {sys.version.split()[0]}"
-        raise RuntimeError(f"{message} ({versions}): use another version") from None
-
-
-# To a type checker the base could be anything: hence the "ignore", here and below.
-class _BatchSizes(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
-    """Reckons the size of batches as joblib does, and faster; in the consumer's thread."""
-
-    effective_batch_size = 1
-    wanted_batch_size: int = 1  # by joblib's own reckoning
-    last_duration: float = math.inf
-    task_weight: float = 0  # bytes of arrays in a task, if known
-
-    def compute_batch_size(self) -> int:
-        size = super().compute_batch_size()
-        # joblib doubles the size at each step. It is told how long a batch of the new
-        # size would take, and takes the next step, too, if that is next to no time.
-        while size > self.wanted_batch_size:
-            self.last_duration *= size / self.wanted_batch_size
-            self.wanted_batch_size = size
-            if self.last_duration < _SHORT_BATCH:
-                super().batch_completed(size, self.last_duration)
-                size = super().compute_batch_size()
-        self.wanted_batch_size = size
-        most = _LARGEST_BATCH
-        if self.task_weight * most > _HEAVIEST_BATCH:
-            most = max(1, int(_HEAVIEST_BATCH / self.task_weight))
-        self.effective_batch_size = min(self.wanted_batch_size, most)
-        return self.effective_batch_size
-
-    def batch_sizes(self, batch_size: Any) -> tuple[int, int]:
-        """Return the size of the next batches, and the least at the end of the tasks."""
-        if batch_size != "auto":
-            return int(batch_size), 1
-        size = int(self.compute_batch_size())
-        # Few that last a moment are shared out in less time than many.
-        least = int(_SHORT_BATCH * self.wanted_batch_size / self.last_duration)
-        return size, max(1, least)
-
-    def batch_completed(self, batch_size: int, duration: float) -> None:
-        if batch_size == self.effective_batch_size < self.wanted_batch_size:
-            # joblib wants to know of a batch of the size that it has asked for.
-            duration *= self.wanted_batch_size / batch_size
-            batch_size = self.wanted_batch_size
-        self.last_duration = max(duration, 1e-6)  # some clocks tick seldom
-        super().batch_completed(batch_size, duration)
-
-
-class _Engine(_BatchSizes):
-    """Mixed into the class of a joblib backend: what the loop asks of it.
-
-    All but `abort_everything`, `stop_call` and `terminate`, which are called in the
-    thread that ends the run, is for the consumer's thread.
-    """
-
-    more_options: frozenset[str] = frozenset()  # that no signature tells of
-    inbox: _Inbox
-    workers = 1
-
-    def get_ready_for(self, task_func: Callable[[Any], Any]) -> None:
-        self.nested = self.get_nested_backend()
-        self.function = self.send(task_func)
-        self.call = joblib.delayed(self.batch_runner())
-
-    def calls_of(self, report: _Report) -> Any:
-        """Return what joblib's backends take as a batch."""
-        pickled = functools.partial(self.note_pickling, report)
-        calls = joblib.parallel.BatchedCalls(report.tasks, self.nested, pickled)
-        # One call a batch: a call a task takes several times longer to make, to send
-        # and to unpickle.
-        calls.items = [self.call(self.function, *report.tasks)]
-        return calls
-
-    def batch_runner(self) -> Any:
-        """Return the function that runs a batch."""
-        in_thread = getattr(self, "supports_sharedmem", False)
-        return _IN_THREAD.run_batch if in_thread else _RUN_BATCH
-
-    def send(self, task_func: Callable[[Any], Any]) -> Any:
-        """Return what each batch carries as its function."""
-        return task_func
-
-    def note_pickling(self, report: _Report) -> None:
-        """Take note, in a thread of the engine, that it begins to pickle a batch."""
+    look_again = 3
+    next_look: float = 0
 
     def separate_from(self, original: Any) -> None:
-        """Give up what must not be shared with *original*, of which this is a copy."""
-        if getattr(original, "_pool", None) is not None:  # somebody else's threads
-            self._pool = None
-        if hasattr(self, "reset_batch_stats"):
-            self.reset_batch_stats()  # those of another run
+        super().separate_from(original)
+        self.futures: set[Any] = set()  # of batches that are out
+        self.function: Any = None
 
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+    def effective_n_jobs(self, n_jobs: int) -> int:
+        # With one worker tasks would run in this process, not on the cluster. With
+        # none, joblib raises an error.
+        workers = int(super().effective_n_jobs(n_jobs))
+        return workers and max(workers, 2)
+
+    def has_changed(self) -> bool:
+        if time.monotonic() < self.next_look:
+            return False
+        self.next_look = time.monotonic() + self.look_again
+        before, self.workers = self.workers, max(2, sum(self.client.ncores().values()))
+        return self.workers != before
+
+    def start_call(self) -> None:
+        self.next_look = time.monotonic() + self.look_again
+        self.over = threading.Event()
+
+    def stop_call(self) -> None:
+        self.over.set()
+        self.futures.clear()
+        self.function = None  # which lets the cluster forget it
+
+    def take_function(self, payload: bytes) -> None:
+        config = {"backend": "dask"}
+        functions = self.dump(_WORKER.Functions(payload, self.returns_errors, config))
+        call = functools.partial(_call_on_dask, self.client, self.submit_kwargs)
+        self.function, self.call = call("function", pickle.loads, functions), call
+
+    def pickled(self, batch: _Batch, apart: bool) -> bytes:
+        # What the user has scattered stays where it is; its key stands for it.
+        futures = [self.data_futures.get(id(task)) for task in batch.tasks]
+        batch.scattered = {str(f.key): f for f in futures if f is not None}
+        if not batch.scattered:
+            return super().pickled(batch, apart)
+        tasks = [
+            task if future is None else str(future.key)
+            for task, future in zip(batch.tasks, futures, strict=True)
+        ]
+        stand_in = _Batch(batch.number, batch.first, tasks)
+        stand_in.unsent = batch.unsent
+        return super().pickled(stand_in, apart)
+
+    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
+        apply = importlib.import_module("dask.utils").apply
+        arguments = [batch.data, batch.scattered]
+        call = functools.partial(self.call, "batch", apply, self.function, arguments)
+        state = self.function, self.futures, self.over
+        self.client.loop.add_callback(_run_on_dask, self.client, call, *state, report)
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        self.over.set()
+        if self.client.status == "running":
+            self.client.cancel([*self.futures, *filter(None, [self.function])])
+
+
+_configuring_dask = threading.Lock()
+
+
+def _call_on_dask(client: Any, options: Any, name: str, *call: Any) -> Any:
+    """Have the cluster call something; return the future."""
+    config = importlib.import_module("dask").config
+    # Dask would warn of large tasks; but they have to travel in some way.
+    limit = {"distributed.admin.large-graph-warning-threshold": "1TB"}
+    with _configuring_dask, config.set(limit):
+        return client.submit(*call, key=f"{name}-{uuid.uuid4().hex}", **options)
+
+
+async def _run_on_dask(
+    client: Any,
+    call: Any,
+    function: Any,
+    futures: set[Any],
+    over: threading.Event,
+    report: _ReportFunction,
+) -> None:
+    """Have a batch run, and report its outcome: on the event loop of the client."""
+    future: Any = None
+    try:
+        # Those that wait for the function on the cluster would be run in any order.
+        await importlib.import_module("dask.distributed").wait(function)
+        if not over.is_set():
+            future = call()
+            futures.add(future)
+            if over.is_set():  # meanwhile
+                await client.cancel([future], asynchronous=True)
+            reply = await client.gather(future, asynchronous=True)
+            report(_Outcome([reply]))
+    except BaseException as error:
+        report(_Failure(error))
+    futures.discard(future)
+
+
+class _Ray(_Remote):
+    """Puts the function into Ray's store once a run; each worker unpickles it once."""
+
+    def effective_n_jobs(self, n_jobs: int) -> int:
+        ray = importlib.import_module("ray")
+        if not ray.is_initialized():
+            ray.init()  # as joblib's backend would, a moment later
+        return int(super().effective_n_jobs(n_jobs))
+
+    def take_function(self, payload: bytes) -> None:
+        functions = self.dump(_WORKER.Functions(payload, self.returns_errors, {}))
+        self.function = uuid.uuid4().hex, importlib.import_module("ray").put(functions)
+
+    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
+        answer, arguments = _by_value("answer_of_ray"), (*self.function, batch.data)
+        self.submit(self.calls_of(batch, answer, *arguments), callback=report)
+
+    def read(self, outcome: Any) -> _Received | None:
         try:
-            workers = super().configure(n_jobs=n_jobs, parallel=parallel, **options)
-        except joblib.parallel.FallbackToBackend:
-            workers = 1
-        if workers == 1:
-            raise _OneWorker
-        if workers == 0:  # as joblib says it, of a cluster
-            raise RuntimeError(f"{type(self).__name__} has no active worker")
-        self.workers = int(workers)
-        return self.workers
+            return super().read(outcome)
+        except Exception as error:  # an actor has died, which Ray does not replace
+            return [], {}, _Failure(error, ends_run=True)
 
-    def results_of(self, outcome: Any) -> tuple[list[Any], Any]:
-        """Return the results of a batch, reversed, and an error of its tasks, packed.
+    def retrieve_result_callback(self, out: Any) -> Any:
+        if isinstance(out, _Failure):
+            return out
+        return _Outcome(super(_Remote, self).retrieve_result_callback(out))
 
-        An error of the engine is raised.
-        """
-        if isinstance(outcome, _Failure):
-            raise outcome.error
-        ((results, failure),) = self.retrieve_result_callback(outcome)
-        results.reverse()
-        return results, failure
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        if importlib.import_module("ray").is_initialized():  # or it would be started
+            super().abort_everything(ensure_ready)
 
-    def fault(self) -> Exception | None:
-        """Return an error if the engine has died, and will report nothing more."""
-        return None
+    def terminate(self) -> None:
+        if importlib.import_module("ray").is_initialized():
+            super().terminate()
 
 
-def _is_registered(backend: Any, name: str) -> bool:
-    """Tell whether *backend* is of the class that is registered by that name."""
-    kind = joblib.parallel.BACKENDS.get(name)
-    return isinstance(kind, type) and isinstance(backend, kind)
-
-
-def _mixin_for(backend: Any) -> Any:
-    if isinstance(backend, joblib.parallel.LokyBackend):
-        return _Loky
-    if _is_registered(backend, "dask"):
-        return _Dask
-    if _is_registered(backend, "ray"):  # derived from that of multiprocessing
-        return _Ray
-    if isinstance(backend, joblib.parallel.MultiprocessingBackend):
-        return _Multiprocessing
-    return _Engine
-
-
-@functools.cache
-def _engine_class(mixin: Any, kind: Any) -> Any:
-    if issubclass(mixin, kind):
-        bases: Any = (mixin,)
-    elif issubclass(mixin, _Processes):
-        bases = (kind, mixin)  # what a third party adds to loky wraps what we do
-    else:
-        bases = (mixin, kind)
-    return type(kind.__name__, bases, {})
-
-
-def _engine_like(backend: Any, inbox: _Inbox) -> Any:
-    """Return an engine for one run like *backend*, which is left as it is."""
-    is_sequential = isinstance(backend, joblib.parallel.SequentialBackend)
-    if not (is_sequential or backend.supports_retrieve_callback):
-        raise ValueError(
-            f"backend must tell when a batch has completed, got {backend!r}"
-        )
-    kind: Any = type(backend)
-    engine = object.__new__(_engine_class(_mixin_for(backend), kind))
-    vars(engine).update(vars(backend))
-    engine.inbox = inbox
-    engine.separate_from(backend)
-    return engine
-
-
-# ---- worker processes: loky and multiprocessing --------------------------------------
-
-# A pickled function of more bytes is not sent with each batch, but put into a file.
-_LARGEST_INLINE_FUNCTION = 32_000
-
-# Seconds that a run which ends waits for each of what should take a moment.
-_PATIENCE = 3
+# ---- loky and multiprocessing --------------------------------------------------------
 
 
 def _loky(module: str) -> Any:
@@ -1763,275 +2037,713 @@ def _pickle_main_by_value() -> None:
 
 
 class _Files:
-    """What a run puts into files: large arrays, as joblib does, and a heavy function.
+    """The large arrays of a run, each in a file that goes with it.
 
-    joblib keeps the file of an array until the run ends; here each goes with its array.
-    They lie in a folder of the run, which is made when it is first needed. The instance
-    is called for each array, in the thread in which joblib's reducer would be.
+    joblib would keep the file until the run ends. They lie in a folder of the run, the
+    user's alone, which is made when it is first needed. The instance is the reducer of
+    arrays: it is called for each that is pickled, in the consumer's thread.
     """
 
-    def __init__(self, root: str | None, options: dict[str, Any]) -> None:
+    def __init__(self, root: Any, options: dict[str, Any]) -> None:
         self.root = root
-        self.process = os.getpid()
+        self.pid = os.getpid()
         self.folder: Any = None
-        self.tracker = _loky("backend.resource_tracker")
-        self.drops: dict[str, Any] = {}  # finalizers of arrays, by their files
-        self.held: list[Any] = []  # keeps the arrays that what is pickled has in files
+        self.files: dict[int, tuple[Any, str]] = {}  # by the ids of their arrays
+        self.kept: list[Any] = []  # keeps the arrays that what is pickled has in files
+        self.of_function = self.kept
         self.weight = 0  # bytes of all arrays
-        self.has_ended = False
+        limit = options.pop("max_nbytes", 1e6)
+        self.limit = math.inf if limit is None else limit
+        self.mode, self.prewarm = (
+            options.pop("mmap_mode", "r"),
+            options.pop("prewarm", False),
+        )
+        # Whoever has passed reducers does not want them changed.
+        for name in "forward_reducers", "backward_reducers":
+            options[name] = dict(options.get(name) or {})
         module = importlib.import_module("joblib._memmapping_reducer")
         self.place = _private(module, "_get_temp_dir")
+        # It copies arrays, and knows those that are mapped already.
         self.reducers, self.result_reducers = _private(
             module, "get_memmapping_reducers"
-        )(temp_folder_resolver=self.path, unlink_on_gc_collect=False, **options)
+        )(max_nbytes=None, mmap_mode=self.mode, unlink_on_gc_collect=False, **options)
         numpy = sys.modules.get("numpy")  # joblib has imported it, if there is one
         if numpy is not None:
-            self.reduce = self.reducers[numpy.ndarray]
+            self.copy = self.reducers[numpy.ndarray]
             self.reducers[numpy.ndarray] = self.reducers[numpy.memmap] = self
-
-    def __reduce__(self) -> Any:
-        return dict, ()  # workers get it with loky's queue, but put nothing into that
-
-    def path(self) -> str:
-        """Return the folder."""
-        if self.has_ended:
-            # loky's thread still pickles: to it, this is a pipe that nobody reads.
-            raise BrokenPipeError(errno.EPIPE, "the run has ended")
-        if self.folder is None:
-            # joblib's own name, by which those who look for such folders find them.
-            name = f"joblib_memmapping_folder_{self.process}_{uuid.uuid4().hex}"
-            self.folder, _ = self.place(name, self.root)
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            self.tracker.register(self.folder, "folder")  # removes it if we cannot
-        return str(self.folder)
 
     def __call__(self, array: Any) -> Any:
         self.weight += array.nbytes
+        base = array
+        while base is not None and not isinstance(base, mmap.mmap):
+            base = getattr(base, "base", None)
+        if base is not None or array.nbytes <= self.limit or array.dtype.hasobject:
+            return self.copy(array)
+        self.kept.append(array)
+        drop, file = self.files.get(id(array), (None, ""))
+        if drop is None or not drop.alive:
+            file = self.written(array)
+        return joblib.load, (file, self.mode)
+
+    def written(self, array: Any) -> str:
+        """Put an array into a file, which goes with it."""
+        file = ""
         try:
-            reduced = self.reduce(array)
-        except BaseException:
-            for name in os.listdir(self.folder) if self.folder else ():
-                if name.startswith(f"{self.process}-"):  # not that of the function
-                    self.adopt(array, os.path.join(self.folder, name))
-            raise
-        file = reduced[1][0]
-        if isinstance(file, str) and os.path.dirname(file) == self.folder:
-            self.adopt(array, file)
-            self.held.append(array)
-        return reduced
+            self.folder = self.folder or self.made_folder()
+            file = os.path.join(self.folder, f"{uuid.uuid4().hex}.pkl")
+            joblib.dump(array, file)
+            os.chmod(file, 0o600)
+        except OSError as error:
+            if file:
+                self.drop(0, file)
+            folder = self.folder or self.root or "the folder for temporary files"
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: large arrays cannot be put into files there; the "
+                "option temp_folder says where, max_nbytes=None sends copies instead",
+                os.fspath(folder),
+            ) from error
+        if self.prewarm:
+            joblib.load(file, mmap_mode=self.mode).max()
+        drop = weakref.finalize(array, self.drop, id(array), file)
+        drop.atexit = False
+        self.files[id(array)] = drop, file
+        return file
 
-    def adopt(self, array: Any, file: str) -> None:
-        """Let a file that joblib has begun go with its array."""
-        if file not in self.drops:
-            self.tracker.unregister(file, "file")  # that of the folder will do
-            self.drops[file] = weakref.finalize(array, self.drop, file)
-            self.drops[file].atexit = False
+    def made_folder(self) -> str:
+        # joblib's own name, by which those who look for such folders find them.
+        name = f"joblib_memmapping_folder_{self.pid}_{uuid.uuid4().hex}"
+        folder, _ = self.place(name, self.root)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # which that has made, for everybody
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        os.mkdir(folder, mode=0o700)
+        if not _is_frozen():  # where it would start the program anew
+            tracker = _loky("backend.resource_tracker")
+            tracker.register(folder, "folder")  # removes it if we cannot
+        return str(folder)
 
-    def drop(self, file: str) -> None:
+    def drop(self, number: int, file: str) -> None:
         """Remove the file of an array that is no more."""
-        if self.drops.pop(file, None) is not None and self.process == os.getpid():
+        self.files.pop(number, None)
+        if self.pid == os.getpid():
             with contextlib.suppress(OSError):  # Windows, where a worker maps it
                 os.unlink(file)
 
     def close(self) -> None:
-        """Remove all files. A pool that is kept must not keep what was in them."""
-        self.held, self.has_ended = [], True
-        while self.drops:
-            self.drops.popitem()[1].detach()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.tracker.unregister(self.folder, "folder")
-            self.folder = None
+        """Remove all files."""
+        self.reducers.clear()  # which refers to this
+        while self.files:
+            self.files.popitem()[1][0].detach()
+        folder, self.folder = self.folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not _is_frozen():
+                _loky("backend.resource_tracker").unregister(folder, "folder")
 
 
-class _Workers:
-    """Worker processes, which serve one run at a time: an executor of loky.
+def _is_frozen() -> bool:
+    """Tell whether this is an executable made by PyInstaller, or the like."""
+    return bool(getattr(sys, "frozen", False))
 
-    The consumer's thread makes it, submits to it and asks what is wrong with it.
+
+class _Processes(_Remote):
+    """Gives each run worker processes of its own, as many as it asked for."""
+
+    more_options = frozenset(
+        (
+            "initializer",
+            "initargs",
+            "forward_reducers",
+            "backward_reducers",
+            "maxtasksperchild",
+            "prewarm",
+        )
+    )
+    limits_tasks = True
+    sent: Any = None  # _Function
+
+    def can_isolate(self) -> bool:
+        return bool(self.effective_n_jobs(2) > 1)
+
+    def configure(
+        self,
+        n_jobs: int = 1,
+        parallel: Any = None,
+        prefer: Any = None,
+        require: Any = None,
+        idle_worker_timeout: float | None = None,
+        **options: Any,
+    ) -> int:
+        self.parallel = parallel
+        options = {**self.backend_kwargs, **options}
+        idle = options.pop("idle_worker_timeout", None)
+        self.idle_seconds = idle_worker_timeout or idle or 300
+        self.context = options.pop("context", None) or multiprocessing.get_context()
+        self.prepared: Any = (
+            options.pop("initializer", None),
+            options.pop("initargs", ()),
+        )
+        self.files = _Files(options.pop("temp_folder", None), options)
+        _pickle_main_by_value()
+        return int(self.effective_n_jobs(n_jobs))
+
+    def prepare(self, run: _Run) -> None:
+        self.most_tasks = run.most_tasks or math.inf
+        super().prepare(run)
+
+    def pickler(self) -> Any:
+        reducers = {types.CodeType: _code_with_its_file, **self.files.reducers}
+        return _WORKER.make_dump(reducers, self.forks())
+
+    def forks(self) -> bool:
+        """Tell whether workers have all modules and functions of the program."""
+        return False
+
+    def take_function(self, payload: bytes) -> None:
+        self.sent = _Function(self, payload)
+
+    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
+        self.submit(_Job(self.sent, batch.data, len(batch.tasks)), callback=report)
+
+    def submit(self, func: Any, callback: Any = None) -> Any:
+        if not isinstance(func, _Job):  # somebody has wrapped it
+            func = _Job(self.sent, self.dump(func, _CALL), 1)
+        func.report = callback
+        if self.pool is None:
+            self.pool = self.find_pool()
+        self.pool.submit(func)
+        return func
+
+    def find_pool(self) -> _Pool:
+        raise NotImplementedError
+
+    def explained(self, failure: _Failure, rest: str) -> Any:
+        error = failure.error
+        if failure.ends_run:  # no worker could be started, whatever the task
+            return error
+        if type(error) not in (BrokenProcessPool, _TaskTimeoutError):
+            return super().explained(failure, rest)
+        explained = type(error)(f"{error}. {rest}")
+        explained.__cause__ = error.__cause__
+        return explained
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            pool.stop(kill=True)
+
+    def terminate(self) -> None:
+        if self.sent is not None:
+            self.sent.is_over = True
+        pool, self.pool = self.pool, None
+        try:
+            if pool is not None:
+                pool.keep(self.idle_seconds)
+        finally:
+            if self.files is not None:
+                self.files.close()
+
+
+class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
+    """Keeps the workers of a run that ended well for the next that wants the same."""
+
+    def find_pool(self) -> _Pool:
+        env = _private(self, "_prepare_worker_env")(n_jobs=self.workers)
+        prepared, key = self.prepared, cast(Any, None)
+        # What can be pickled only while a process is started, such as a lock, is not
+        # compared: those workers serve one run.
+        with contextlib.suppress(Exception):
+            prepared = self.dump(prepared)
+            environment = dict(os.environ)
+            environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
+            surroundings = environment, os.getcwd(), list(sys.path)
+            reducers = self.files.result_reducers
+            options = self.workers, self.most_tasks, env, reducers
+            key = prepared, surroundings, options
+        # Loky starts an executable as if it were Python, which begins the program anew.
+        context = (
+            multiprocessing.get_context("spawn")
+            if _is_frozen()
+            else _loky("backend").get_context("loky")
+        )
+        recipe = _Recipe(
+            context, prepared, self.files.result_reducers, env, self.most_tasks
+        )
+        return _take_pool(key) or _Pool(key, self.workers, recipe)
+
+
+class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # type: ignore[misc]
+    """Starts workers as multiprocessing does, anew for each run.
+
+    A fork is a picture of the program as it is when the run starts.
     """
 
-    def __init__(
-        self, key: Any, workers: int, prepared: Any, files: _Files, **options: Any
-    ) -> None:
+    def forks(self) -> bool:
+        return bool(self.context.get_start_method() == "fork")
+
+    def find_pool(self) -> _Pool:
+        if _inherited and self.context.get_start_method() == "forkserver":
+            # The server is a child of the parent, and no use to a fork.
+            self.context = multiprocessing.get_context("spawn")
+        reducers = self.files.result_reducers
+        recipe = _Recipe(self.context, self.prepared, reducers, {}, self.most_tasks)
+        return _Pool(None, self.workers, recipe)
+
+
+def _code_with_its_file(code: types.CodeType) -> Any:
+    """Pickle code as cloudpickle does, but for the file that tracebacks show."""
+    table = _loky("backend.reduction").get_loky_pickler().dispatch_table
+    function, arguments, *_ = table[types.CodeType](code)
+    name = "<dynamic-code>"
+    return function, tuple(
+        code.co_filename if type(a) is str and a == name else a for a in arguments
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Worker processes, as the program sees them.
+#
+#    the consumer's thread            an attendant                     a worker process
+#                                     (a thread of the program)        serve()
+#   +---------------------+          +---------------------+          +----------------+
+#   | pickle the tasks ---|-> jobs ->| take a job          |          |                |
+#   |                     |          | send the function,  |          | unpickle it,   |
+#   |                     |          |   if it is new -----|--------->|   keep it      |
+#   |                     |          | send the tasks -----|--------->| run_batch()    |
+#   | unpickle results <--|- inbox <-| receive replies <---|----------|   and send     |
+#   +---------------------+          +---------------------+          +----------------+
+#
+# A worker has one connection, which its attendant alone reads and writes, in turn: so
+# nothing can deadlock, whatever the size of messages. Attendants move bytes. All of a
+# pool take jobs from one queue, which balances by itself, and workers go on while the
+# consumer is elsewhere. It is known which worker has which batch: its death is the
+# failure of that batch alone, and so is a task that takes too long; the attendant
+# starts another worker for the next job.
+#
+# An attendant refers to its worker and to the queue, not to the pool: one that nobody
+# has any more, since an interrupt came in between, is collected, and so stopped.
+
+# Seconds that a worker has for what should take a moment: to leave when it is told to.
+_PATIENCE = 3
+
+# Seconds that it has to start, or *timeout*, if that is more; for ever without it.
+_START_PATIENCE = 60
+
+
+class _Recipe(NamedTuple):
+    """How to start the workers of a pool."""
+
+    context: Any  # of multiprocessing or loky
+    prepared: Any  # an initializer and its arguments, maybe pickled
+    reducers: Any  # of results
+    env: dict[str, str]
+    most_tasks: float  # of one worker
+
+    def forks(self) -> bool:
+        return bool(self.context.get_start_method() == "fork")
+
+    def process(self, connection: Any) -> Any:
+        """Return a process that is to serve at the other end of a connection."""
+        forks, env, options = self.forks(), self.env, {}
+        if self.context.get_start_method() == "loky":
+            options, env = {"env": env}, {}  # from its start on
+        serve: Any = _WORKER.serve if forks else _by_value("serve")
+        line = _life_line_of_program()
+        arguments = connection, line, self.prepared, self.reducers, forks, env
+        return self.context.Process(target=serve, args=arguments, **options)
+
+
+class _Function:
+    """The function of a run, as it is sent to each of its workers."""
+
+    def __init__(self, engine: Any, payload: bytes) -> None:
+        nested = engine.get_nested_backend()
+        nested = nested if isinstance(nested, tuple) else (nested, None)
+        limit, self.slack = engine.limit, 0.0
+        if limit is not None:
+            self.slack = max(limit / 10, 0.05)  # seconds between two signs of life
+        head = engine.dump((*nested, engine.returns_errors, self.slack or None))
+        size = len(head).to_bytes(8, "big")
+        self.message = b"".join((_FUNCTION, size, head, payload))
+        self.limit = math.inf if limit is None else limit
+        self.patience = max(self.limit, _START_PATIENCE)  # for a worker to start
+        self.is_over = False  # its run has ended: idle workers are to forget it
+
+
+class _Job:
+    """A batch for an attendant; to joblib, a call."""
+
+    report: Any = None
+
+    def __init__(self, function: Any, message: bytes, size: int) -> None:
+        self.function = function
+        self.message = message
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __reduce__(self) -> Any:  # for backends of others, which may wrap it
+        state = _PicklesAs(importlib.import_module, _WORKER_MODULE)
+        return functools.partial, (_PicklesAs(getattr, state, "answer"), self.message)
+
+
+class _Worker:
+    """A worker process, and one after another in its place; for its attendant.
+
+    But for `is_stopped`, and for what starts a process before there is a thread.
+    """
+
+    def __init__(self, recipe: _Recipe) -> None:
+        self.recipe = recipe
+        self.process: Any = None
+        self.connection: Any = None
+        self.poller: Any = None
+        self.is_ready = False
+        self.is_stopped = False
+        self.function: Any = None  # that the process has
+        self.done = 0  # tasks
+        self.failure: _Failure | None = None  # no process could be started
+
+    def launch(self) -> None:
+        """Start a process."""
+        with _starting, _interrupts_blocked(), _standard_streams():
+            if self.is_stopped:
+                raise EOFError("the pool has been stopped")
+            _occupy_standard_streams()
+            if not self.recipe.forks() and os.name == "posix":
+                # Python starts its own as a worker starts, and unblocks interrupts then.
+                tracker = importlib.import_module("multiprocessing.resource_tracker")
+                tracker.ensure_running()
+            self.is_ready, self.done = False, 0
+            self.connection, theirs = multiprocessing.Pipe()
+            _our_ends.add(self.connection)
+            try:
+                self.process = self.recipe.process(theirs)
+                self.process.start()
+            finally:
+                theirs.close()
+            if hasattr(select, "poll"):
+                self.poller = select.poll()
+                self.poller.register(self.connection, select.POLLIN)
+
+    def start(self, patience: float) -> None:
+        """Start a process if there is none, and wait until it is ready."""
+        try:
+            if self.process is None:
+                self.launch()
+            reply = self.receive(patience)
+            if reply != _DONE:
+                raise _InitializerError(reply.decode(errors="replace"))
+            self.is_ready = True
+        except Exception as error:
+            self.failure = self.failed(error, patience)
+
+    def outcome_of(self, job: _Job) -> Any:
+        """Have a job done, by a fresh process if need be."""
+        replies: list[bytes] = []
+        try:
+            if self.done and self.done + job.size > self.recipe.most_tasks:
+                self.retire()
+            if self.process is not None and self.process.exitcode is not None:
+                self.bury()  # it was idle
+            if self.process is None and self.failure is None:
+                self.start(job.function.patience)
+            if self.failure is not None:
+                return self.failure
+            if self.function is not job.function:
+                self.connection.send_bytes(job.function.message)
+                reply = self.receive(math.inf)
+                if reply != _DONE:
+                    return _Outcome([reply])
+                self.function = job.function
+            self.connection.send_bytes(job.message)
+            self.done += job.size
+            # In a batch, time counts from a sign of life, which may be old.
+            slack = job.function.slack if job.size > 1 else 0
+            while not replies or replies[-1][:1] == _MORE:
+                replies.append(self.receive(job.function.limit + slack))
+        except Exception as error:
+            return _Outcome(replies, self.failed(error, job.function.limit))
+        return _Outcome(replies)
+
+    def receive(self, limit: float) -> bytes:
+        """Return the next message, for which the worker has *limit* seconds."""
+        deadline = time.monotonic() + limit
+        while True:
+            left = deadline - time.monotonic()
+            if self.has_message(max(0, min(left, _WAIT_SLICE))):
+                return bytes(self.connection.recv_bytes())
+            # A program that the worker has forked may hold the connection open.
+            if self.process.exitcode is not None and not self.has_message(0):
+                raise EOFError
+            if left <= 0:
+                raise TimeoutError
+
+    def has_message(self, seconds: float) -> bool:
+        if self.poller is None:
+            return bool(self.connection.poll(seconds))
+        return bool(self.poller.poll(seconds * 1000))
+
+    def failed(self, error: Exception, limit: float) -> _Failure:
+        """Kill the process, and say what has become of it."""
+        is_ready, code = self.is_ready, self.bury()
+        if isinstance(error, _InitializerError):
+            failure = _Failure(BrokenProcessPool(str(error)), ends_run=True)
+            _set_cause(failure.error, error.text)
+            return failure
+        if isinstance(error, TimeoutError):
+            text = "a task has taken longer than the timeout of"
+            text = text if is_ready else "a worker was not ready after"
+            error = _TaskTimeoutError(f"{text} {limit!r} seconds")
+        elif isinstance(error, (EOFError, OSError)) and code is not None:
+            text = f"a worker process has died{'' if is_ready else ' as it started'}"
+            hint = " (SIGKILL, as when memory runs out)" if code == -9 else ""
+            error = BrokenProcessPool(f"{text}: exit code {code}{hint}")
+            if not is_ready:
+                names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
+                hidden = ", ".join(filter(os.path.exists, names)) or "none"
+                what = "Files of the current directory that hide modules of Python"
+                _set_cause(error, f"{what}, which it may need: {hidden}")
+        return _Failure(error, ends_run=not is_ready)
+
+    def forget(self) -> None:
+        """Let an idle worker keep nothing of a run that has ended."""
+        if self.function is not None and self.function.is_over:
+            self.function = None
+            with contextlib.suppress(EOFError, OSError):  # the next job will find out
+                self.connection.send_bytes(_FORGET)
+
+    def leave(self) -> None:
+        """Close the connection, at which the process leaves, too."""
+        self.function = self.poller = None
+        if self.connection is not None:
+            _our_ends.discard(self.connection)
+            self.connection.close()
+
+    def bury(self) -> int | None:
+        """Kill the process with all that it has started; return its exit code."""
+        process, code = self.process, None
+        self.leave()
+        if process is not None and process.pid is not None:
+            _kill([process])
+            process.join()
+            code = process.exitcode
+        self.process, self.is_ready = None, False
+        return code
+
+    def retire(self) -> None:
+        """Let the process end in peace."""
+        self.leave()
+        self.process.join(_PATIENCE)
+        self.bury()
+
+
+class _InitializerError(Exception):
+    """An initializer has failed in a worker: the text of its traceback."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text.strip()
+        last = self.text.splitlines()[-1]
+        super().__init__(f"the initializer has failed in a worker: {last}")
+
+
+def _attend(
+    worker: _Worker, jobs: queue.SimpleQueue[_Job | None], patience: float
+) -> None:
+    """Be the attendant of a worker: in a thread of its own."""
+    worker.start(patience)
+    while True:
+        try:
+            seconds = None if worker.function is None else _WAIT_SLICE / 2
+            job = jobs.get(timeout=seconds)
+        except queue.Empty:
+            worker.forget()
+            continue
+        if job is None:
+            break
+        outcome = worker.outcome_of(job)
+        job.report(outcome)
+        del job, outcome
+    worker.leave()
+
+
+class _Pool:
+    """Workers that serve one run at a time, and may serve several, one after another.
+
+    The consumer's thread makes or takes it, and submits to it; the thread that ends the
+    run keeps or stops it.
+    """
+
+    def __init__(self, key: Any, size: int, recipe: _Recipe) -> None:
+        _private(multiprocessing.process, "_children")  # which a fork will need
         self.key = key  # of what another run must want to be served, too
-        self.workers = workers
-        self.unannounced = workers  # as many have not said that they have started
-        self.complaint = ""  # of an initializer
-        _occupy_standard_streams()
-        self.announced, self.announce = multiprocessing.Pipe(duplex=False)
-        self.reducers: dict[Any, Any] = {}  # those of the run
-        self.executor = _loky("process_executor").ProcessPoolExecutor(
-            workers,
-            job_reducers=self.reducers,
-            result_reducers=files.result_reducers,
-            initializer=_PREPARE,
-            initargs=(self.announce, prepared),
-            **options,
-        )
-        self.start_method = options["context"] and options["context"].get_start_method()
-        self.table = _private(self.executor, "_processes")
-        self.manager: Any = None  # loky's thread
+        self.size = size
+        self.recipe = recipe
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.workers: list[_Worker] = []
+        self.attendants: list[threading.Thread] = []
+        self.timer: Any = None
+        dismiss = weakref.finalize(self, _dismiss, self.jobs, self.workers)
+        dismiss.atexit = False
         _pools.add(self)
 
-    def processes(self) -> list[Any]:
-        return list(self.table.values())
+    def submit(self, job: _Job) -> None:
+        """Have a job done; start another worker, unless there are enough."""
+        if len(self.attendants) < self.size:
+            # Python warns of forks beside threads: first all processes, then threads.
+            forks = self.recipe.forks()
+            while len(self.workers) < (
+                self.size if forks else len(self.attendants) + 1
+            ):
+                self.workers.append(_Worker(self.recipe))
+                if forks:
+                    self.workers[-1].launch()
+            for worker in self.workers[len(self.attendants) :]:
+                arguments = worker, self.jobs, job.function.patience
+                thread = threading.Thread(target=_attend, args=arguments, daemon=True)
+                thread.start()
+                self.attendants.append(thread)
+        self.jobs.put(job)
 
-    def submit(self, calls: Any) -> Future[Any]:
-        if self.manager is not None and len(self.table) == self.workers:
-            return cast(Future[Any], self.executor.submit(calls))
-        if self.start_method == "fork":
-            # Not in a thread of its own, since Python warns of forks beside threads.
-            return self.start(calls)
-        # Workers that were interrupted as they start would print a traceback, or go
-        # on for ever. No handler of a signal ever interrupts another thread.
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(self.start, calls).result()
+    def keep(self, seconds: float) -> None:
+        """Let the next run of the same settings have the workers, which are idle.
 
-    def start(self, calls: Any) -> Future[Any]:
-        """Submit a batch, which starts the workers, or those that have left."""
-        if self.start_method != "fork" and os.name == "posix":
-            # Python starts its own as a worker starts, and unblocks interrupts then.
-            importlib.import_module("multiprocessing.resource_tracker").ensure_running()
-        with _interrupts_blocked(), _standard_streams():
-            future = self.executor.submit(calls)
-        manager = _private(self.executor, "_executor_manager_thread")
-        calls, results = (
-            _private(manager, "call_queue"),
-            _private(manager, "result_queue"),
-        )
-        self.queues = calls, results
-        for owner, name in (calls, "_thread"), (results, "_writer"):
-            _private(owner, name)
-        numbers, _ = (
-            _private(manager, "work_ids_queue"),
-            _private(manager, "kill_workers"),
-        )
-        manager.kill_workers = functools.partial(
-            _kill_workers, self.table, numbers, _private(calls, "_reader")
-        )
-        self.manager = manager
-        _at_exit_before_loky(os.getpid())  # if it fails, these workers can be stopped
-        return cast(Future[Any], future)
+        Stop them after so many seconds.
+        """
+        if self.key is None or self.has_failed():
+            self.stop()
+            return
+        self.timer = threading.Timer(seconds, _stop_if_idle, (weakref.ref(self),))
+        self.timer.daemon = True
+        _idle_pools.append(self)
+        try:
+            self.timer.start()
+        except RuntimeError:  # no thread can be started
+            _stop_if_idle(weakref.ref(self))
+        _stop_idle_pools(_most_idle)
 
-    def hear(self, seconds: float) -> bool:
-        """Return whether all workers have announced themselves, or do so in time."""
-        deadline = time.monotonic() + seconds
-        while self.announced.poll(
-            max(0, deadline - time.monotonic()) if self.unannounced > 0 else 0
-        ):
-            self.complaint += self.announced.recv_bytes().decode(errors="replace")
-            self.unannounced -= 1
-        return self.unannounced <= 0
-
-    def fault(self) -> Exception | None:
-        """Return an error if a worker is dead, or loky's thread."""
-        codes = [p.exitcode for p in self.processes() if p.exitcode is not None]
-        if codes:  # one that leaves in peace is taken off the table before it ends
-            return BrokenExecutor(f"a worker process has died, with exit code {codes}")
-        if not self.manager.is_alive():
-            return RuntimeError("loky has stopped working: its manager thread has died")
-        return None
-
-
-def _explained(error: BaseException, pool: _Workers) -> BaseException:
-    """Return the error of a worker that died, with what is known of the reason."""
-    if not isinstance(error, BrokenExecutor):
-        return error
-    pool.hear(0)
-    if pool.complaint:
-        last = pool.complaint.strip().splitlines()[-1]
-        error = BrokenExecutor(f"the initializer has failed in a worker: {last}")
-        _set_cause(error, pool.complaint.strip())
-    elif pool.unannounced > 0 and error.__cause__ is None:
-        names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
-        hidden = ", ".join(filter(os.path.exists, names)) or "none"
-        _set_cause(
-            error,
-            "A worker has died as it started. Files of the current directory that "
-            f"hide modules of Python, which it may need: {hidden}",
-        )
-    return error
-
-
-class _Pool(_Workers):
-    """Workers that may serve several runs, one after another.
-
-    The consumer's thread takes it, if it is sound; the thread that ends a run keeps,
-    stops or kills it. In loky's manager thread _kill_workers is called.
-    """
-
-    def is_sound(self) -> bool:
-        return len(self.table) == self.workers and self.fault() is None
-
-    def keep(self) -> None:
-        """Let the next run of the same settings have the workers, which are idle."""
-        has_started = self.hear(_PATIENCE)
-        if self.key is None or not has_started:
-            self.stop(kill=not has_started)
-        else:
-            self.reducers.clear()
-            _idle_pools.append(self)
-            _stop_idle_pools(_most_idle)
+    def has_failed(self) -> bool:
+        return any(worker.failure is not None for worker in self.workers)
 
     def stop(self, *, kill: bool = False) -> None:
-        """Let the workers end, which are idle; or kill them and what they have started."""
-        # To wait for it here would be behind a lock that all executors share.
-        self.executor.shutdown(wait=False, kill_workers=kill)
-        if self.manager is not None:
-            self.manager.join(timeout=_PATIENCE)
-        if self.table:
-            self.break_off()
-        if self.manager is not None:
-            # If the interpreter exits while the thread that fills loky's queue lets go
-            # of a semaphore, that is reported as leaked (joblib 1.5.0 to 1.6.0).
-            feeder = _private(self.queues[0], "_thread")
-            if feeder is not None:
-                feeder.join(timeout=_PATIENCE)
-        self.announced.close()
-        self.announce.close()
+        """Let the workers leave, which are idle; or kill them.
 
-    def break_off(self) -> None:
-        """Kill the workers though loky's thread does not.
-
-        It could not start, has died, or waits for the rest of a result whose sender was
-        killed by somebody else.
+        In both cases, what their tasks have started ends with them.
         """
-        processes = self.processes()
-        _kill_trees(processes)
+        if self.timer is not None:
+            self.timer.cancel()
+        with _starting:  # none is in the middle of that
+            for worker in self.workers:
+                worker.is_stopped = True
+        found = [(w.process, w.is_ready) for w in self.workers]
+        processes = [process for process, _ in found if process and process.pid]
+        busy = [process for process, is_ready in found if kill or not is_ready]
+        _kill([process for process in processes if process in busy])
+        _dismiss(self.jobs, self.workers)
+        for thread in self.attendants:
+            thread.join(timeout=_PATIENCE)
+        for worker in self.workers[len(self.attendants) :]:
+            worker.leave()  # its thread could not be started
+        deadline = time.monotonic() + _PATIENCE
         for process in processes:
-            process.join(timeout=1)
-        if self.manager is None:
-            return
-        self.manager.join(timeout=_PATIENCE)
-        calls, results = self.queues
-        if not self.manager.is_alive():
-            _private(calls, "_reader").close()
-            calls.close()
-        elif os.name == "posix":
-            # Its pipe comes to an end when nobody could write into it any more. That
-            # thread will close what is put in its place.
-            with open(os.devnull, "wb") as sink:
-                os.dup2(sink.fileno(), _private(results, "_writer").fileno())
-            self.manager.join(timeout=_PATIENCE)
+            process.join(max(0, deadline - time.monotonic()))
+        _kill(processes)
+        for process in processes:
+            process.join()
 
 
-_pools: weakref.WeakSet[_Workers] = weakref.WeakSet()  # all that are not collected
+def _dismiss(jobs: queue.SimpleQueue[Any], workers: list[_Worker]) -> None:
+    """Let all attendants of a pool come to their end."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            jobs.get_nowait()
+    for _ in workers:
+        jobs.put(None)
 
 
 def _take_pool(key: Any) -> _Pool | None:
     """Return idle workers of these settings, if there are any."""
     if key is None:  # it may not be compared
         return None
-    for pool in list(_idle_pools):
-        if pool.key == key:
-            try:
-                _idle_pools.remove(pool)
-            except ValueError:  # another thread has taken it
-                continue
-            if pool.is_sound():
+    for pool in [*_idle_pools]:
+        if pool.key == key and _is_taken(pool):
+            pool.timer.cancel()
+            if not pool.has_failed():
                 return pool
-            pool.stop(kill=True)
+            pool.stop()
     return None
+
+
+def _is_taken(pool: _Pool) -> bool:
+    """Take a pool off the list, which decides who has it; tell whether that worked."""
+    try:
+        _idle_pools.remove(pool)
+    except ValueError:  # another thread has taken it
+        return False
+    return True
+
+
+def _stop_if_idle(reference: weakref.ref[_Pool]) -> None:
+    pool = reference()
+    if pool is not None and _is_taken(pool):
+        pool.stop()
+
+
+def _life_line_of_program() -> Any:
+    """Return the reading end of a pipe that ends when this process does.
+
+    On Linux, that can have workers killed: see `hold_life_line`.
+    """
+    global _life_line
+    if sys.platform != "linux":
+        return None
+    if _life_line is None:
+        _life_line = multiprocessing.Pipe(duplex=False)
+        _our_ends.add(_life_line[1])
+    return _life_line[0]
+
+
+def _kill(processes: list[Any]) -> None:
+    """Kill processes, and all that they have started, also if they have ended.
+
+    Each leads a session, and what has one of its own goes on. On Linux, a session is
+    found though it has several process groups; elsewhere, only the first is.
+    """
+    if os.name != "posix":
+        for process in processes:
+            _loky("backend.utils").kill_process_tree(process)
+        return
+    leaders = {process.pid for process in processes}
+    for pid in leaders:
+        with contextlib.suppress(OSError):  # there is nothing left
+            os.killpg(pid, signal.SIGKILL)
+    for process in processes:
+        if process.exitcode is None:
+            with contextlib.suppress(OSError):  # it may not lead its session yet
+                os.kill(process.pid, signal.SIGKILL)
+    for _ in range(100):
+        left = list(_members(leaders))
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def _members(leaders: set[int]) -> Iterator[int]:
+    """Yield the ids of what is alive in the sessions of *leaders*, if that is known."""
+    names = os.listdir("/proc") if leaders and os.path.exists("/proc/self/stat") else ()
+    for pid in map(int, filter(str.isdigit, names)):
+        with contextlib.suppress(OSError):  # it is gone
+            if os.getsid(pid) in leaders:
+                with open(f"/proc/{pid}/stat", "rb") as file:
+                    # "number (name) state ...", and the name may be anything
+                    state = file.read().rpartition(b")")[2].split()[0]
+                if state not in b"ZX":
+                    yield pid
 
 
 @contextlib.contextmanager
@@ -2072,283 +2784,444 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _kill_workers(
-    table: dict[int, Any], numbers: Any, calls: Any, reason: str = ""
-) -> None:
-    """Kill the workers of a pool: in loky's manager thread, which then ends.
+# --------------------------------------------------------------------------------------
+# What runs in a worker.
+#
+# Workers need not import this file. What they need of it are the functions nested in
+# `_worker_functions`, which travel by value, and refer to nothing of this module but
+# what it imports and the names below.
 
-    It stands in for the thread's own method, which kills one worker after another, and
-    of each the children first; the rest take the next tasks meanwhile, or start more
-    programs. Here that thread reads no more: no worker can be in the middle of a result
-    that it waits for.
-    """
-    processes = list(table.values())
-    _kill_trees(processes)
-    for process in processes:
-        process.join()
-    table.clear()
-    # It has forgotten all work, and would look for what these are the numbers of.
-    with contextlib.suppress(queue.Empty):
+# The name of the module in which worker processes keep what they have.
+_WORKER_MODULE = "_joblib_batches"
+
+# First bytes of messages: tasks that travel together, or each apart; a call that a
+# backend of others has wrapped; a function, or that the last one may be forgotten.
+_TOGETHER, _APART, _CALL, _FUNCTION, _FORGET = b"t", b"a", b"c", b"f", b"-"
+
+# First bytes of replies: results so far, and the last ones.
+_MORE, _DONE = b"+", b"."
+
+# Types of which nothing can fail to be pickled or unpickled.
+_PLAIN = frozenset((bool, bytes, complex, float, int, str, type(None)))
+
+
+def _worker_functions() -> types.SimpleNamespace:
+    """Return what runs in workers."""
+
+    def run_in_thread(task_func: Any, returns_errors: bool, *tasks: Any) -> Any:
+        """Return the results, and by their indices the errors of tasks that failed."""
+
+        def packed(error: BaseException) -> Any:
+            # The frame of run_tasks would refer to it, too.
+            return error.with_traceback(error.__traceback__.tb_next)
+
+        return run_tasks(task_func, returns_errors, iter(tasks), packed)
+
+    def run_batch(task_func: Any, returns_errors: bool, *tasks: Any) -> Any:
+        """Do the same in a process of a backend of others."""
+
+        def packed(error: BaseException) -> Any:
+            return pack(error, make_dump({}))
+
+        return run_tasks(task_func, returns_errors, iter(tasks), packed)
+
+    def run_tasks(
+        task_func: Any, returns_errors: bool, tasks: Any, packed: Any, signs: Any = None
+    ) -> tuple[list[Any], dict[int, Any]]:
+        """Return the results, and by their indices the packed errors of failed tasks.
+
+        None stands for the result of these. Without *returns_errors*, the first task
+        that fails is the last to be run. *signs*, if given, may take away what is done.
+        """
+        results: list[Any] = []
+        failures: dict[int, Any] = {}
+        lock = contextlib.nullcontext()
+        if signs is not None:
+            lock, signs.done = signs.lock, (results, failures)
+        append = results.append
         while True:
-            numbers.get_nowait()
-    calls.close()  # or the thread that fills this pipe might wait for ever
-
-
-def _kill_trees(processes: Iterable[Any]) -> None:
-    """Stop processes and all that they have started; when all are stopped, kill them.
-
-    Nothing can start anything meanwhile, or be told of a child's end.
-    """
-    if os.name != "posix":
-        for process in processes:
-            _loky("backend.utils").kill_process_tree(process)
-        return
-    found: set[int] = set()
-    new = {p.pid for p in processes if p.pid is not None and p.exitcode is None}
-    while new:
-        _send(signal.SIGSTOP, new)
-        found |= new
-        new = {pid for pid, parent in _parents() if parent in found} - found
-    _send(signal.SIGKILL, found)
-
-
-def _send(number: int, pids: set[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(OSError):  # it is gone, or somebody else's
-            os.kill(pid, number)
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    """Yield the ids of all processes and of their parents, if that can be known."""
-    if os.path.exists("/proc/self/stat"):
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-                # "number (name) state parent ...", and the name may be anything
-                yield int(name), int(file.read().rpartition(b")")[2].split()[1])
-        return
-    with contextlib.suppress(OSError):
-        command = ["ps", "-A", "-o", "pid=,ppid="]
-        listed = subprocess.run(command, capture_output=True, check=False).stdout
-        for line in listed.splitlines():
-            pid, parent = map(int, line.split())
-            yield pid, parent
-
-
-class _Processes(_Engine):
-    """Gives each run workers of its own, by loky's executor.
-
-    So a run has as many as it asked for, with its own initializer, and runs cannot
-    disturb each other.
-    """
-
-    more_options = frozenset(
-        ("initializer", "initargs", "forward_reducers", "backward_reducers", "prewarm")
-    )
-    pool: Any = None  # a _Pool
-    files: Any = None  # _Files
-    tasks_pickled = 0
-
-    def batch_runner(self) -> Any:
-        return _of_worker("run_batch")
-
-    def configure(
-        self,
-        n_jobs: int = 1,
-        parallel: Any = None,
-        prefer: Any = None,
-        require: Any = None,
-        idle_worker_timeout: float | None = None,
-        **options: Any,
-    ) -> int:
-        workers = int(self.effective_n_jobs(n_jobs))
-        if workers == 1:
-            raise _OneWorker
-        self.parallel, self.workers = parallel, workers
-        options = {**self.backend_kwargs, **options}
-        self.idle_seconds = idle_worker_timeout or options.pop(
-            "idle_worker_timeout", 300
-        )
-        self.context = options.pop("context", None)
-        self.prepared: Any = (
-            options.pop("initializer", None),
-            options.pop("initargs", ()),
-        )
-        self.files = _Files(options.pop("temp_folder", None), options)
-        _pickle_main_by_value()
-        return workers
-
-    def send(self, task_func: Callable[[Any], Any]) -> Any:
-        """Pickle the function, once; each worker unpickles it once."""
-        payload: Any = _pickled_function(task_func, self.files.reducers)
-        self.held, self.files.weight = self.files.held, 0
-        if len(payload) > _LARGEST_INLINE_FUNCTION:
-            file = os.path.join(self.files.path(), "task_func.pkl")
-            with open(file, "wb") as opened:
-                opened.write(payload)
-            payload = file
-        return _SentAs(_of_worker("function_of"), uuid.uuid4().hex, payload)
-
-    def submit(self, func: Any, callback: Any = None) -> Any:
-        if self.files.has_ended:
-            raise RuntimeError("the run has ended")
-        if self.pool is None:
-            self.pool = self.find_pool()
-            self.pool.reducers.update(self.files.reducers)
-        job = self.pool.submit(func)
-        job.add_done_callback(callback)
-        return job
-
-    def note_pickling(self, report: _Report) -> None:
-        # The arrays stay until the batch has been reported, and so do their files, even
-        # if some were made only to be pickled.
-        self.files.held = report.held
-        self.task_weight = self.files.weight / (self.tasks_pickled or 1)
-        self.tasks_pickled += len(report.tasks)
-
-    def retrieve_result_callback(self, out: Any) -> Any:
-        error, pool = out.exception(), self.pool
-        if error is None:
-            return out.result()
-        raise error if pool is None else _explained(error, pool)
-
-    def fault(self) -> Exception | None:
-        return None if self.pool is None else self.pool.fault()
-
-    def abort_everything(self, ensure_ready: bool = True) -> None:
-        pool, self.pool = self.pool, None
-        if pool is not None:
-            pool.stop(kill=True)
-
-    def terminate(self) -> None:
-        pool, self.pool = self.pool, None
-        try:
-            if pool is not None:
-                pool.keep()
-        finally:
-            if self.files is not None:
-                self.files.close()
-            self.reset_batch_stats()
-
-
-class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
-    """Keeps the workers of a run that ended well for the next that wants the same."""
-
-    def find_pool(self) -> _Pool:
-        env = _private(self, "_prepare_worker_env")(n_jobs=self.workers)
-        options = {"timeout": self.idle_seconds, "env": env}
-        prepared, key = self.prepared, cast(Any, None)
-        # What can be pickled only while a process is started, such as a lock, is not
-        # compared: those workers serve one run.
-        with contextlib.suppress(Exception):
-            prepared = _dumps(prepared)
-            environment = dict(os.environ)
-            environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
-            surroundings = environment, os.getcwd(), list(sys.path)
-            reducers = dict(self.files.result_reducers)
-            key = self.workers, prepared, options, surroundings, reducers
-        return _take_pool(key) or _Pool(
-            key, self.workers, prepared, self.files, context=None, **options
-        )
-
-
-class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # type: ignore[misc]
-    """Starts workers as multiprocessing does, anew for each run.
-
-    A fork is a picture of the program as it is when the run starts.
-    """
-
-    def find_pool(self) -> _Pool:
-        if _inherited and self.context.get_start_method() == "forkserver":
-            # The server is a child of the parent, and no use to a fork.
-            self.context = multiprocessing.get_context("spawn")
-        options = {"timeout": self.idle_seconds, "context": self.context}
-        return _Pool(None, self.workers, self.prepared, self.files, **options)
-
-
-# ---- Dask and Ray --------------------------------------------------------------------
-
-
-class _Dask(_Engine):
-    """Reports what joblib's Dask backend (1.5.0 to 1.6.0) does not, and cancels tasks.
-
-    Without it, a run waits for ever for a worker that is lost, or for what cannot be
-    pickled (see _DaskClient), and what is queued goes on when a run has been left.
-    """
-
-    def batch_runner(self) -> Any:
-        return _RUN_BATCH_OF_THREAD
-
-    def send(self, task_func: Callable[[Any], Any]) -> Any:
-        # Dask scatters what is large, once a run, to its workers.
-        return _IN_PROCESS.FunctionOfThreads(_pickled_function(task_func))
-
-    def separate_from(self, original: Any) -> None:
-        # What it keeps of its calls must not be shared; what was scattered may be.
-        own: Any = self
-        own.__init__(
-            client=_DaskClient(original.client, self.inbox),
-            wait_for_workers_timeout=original.wait_for_workers_timeout,
-            **original.submit_kwargs,
-        )
-        self.nesting_level = original.nesting_level
-        # The keys are ids of what was scattered, which the original keeps alive.
-        self.data_futures, self.original = original.data_futures, original
-
-    def effective_n_jobs(self, n_jobs: int) -> int:
-        # With one worker tasks would run in this process, not on the cluster. With
-        # none, joblib raises an error.
-        workers = int(super().effective_n_jobs(n_jobs))
-        return workers and max(workers, 2)
-
-    def submit(self, func: Any, callback: Any = None) -> Any:
-        def report_error(job: Future[Any]) -> None:
-            error = job.exception()
-            if error is not None:
-                callback(_Failure(error))
-
-        job = super().submit(func, callback)
-        job.add_done_callback(report_error)  # if a worker is lost, joblib calls nothing
-        return job
-
-    def abort_everything(self, ensure_ready: bool = True) -> None:
-        futures = list(self.waiting_futures.futures)
-        super().abort_everything(ensure_ready)
-        if self.client.status == "running":
-            self.client.cancel(futures)  # joblib only forgets them
-
-
-class _DaskClient:
-    """A Dask client for joblib, on whose event loop nothing fails in silence.
-
-    There joblib (1.5.0 to 1.6.0) sends tasks and fetches results. What cannot be
-    pickled makes that fail; all that Dask does about it is to write to a log. joblib
-    calls `add_callback` in the consumer's thread and on the event loop.
-    """
-
-    def __init__(self, client: Any, inbox: _Inbox) -> None:
-        self.client = client
-        self.inbox = inbox
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.client, name)
-
-    @property
-    def loop(self) -> _DaskClient:
-        return self  # of the loop, joblib uses add_callback alone
-
-    def add_callback(self, function: Callable[..., Any], *args: Any) -> None:
-        async def guarded() -> None:
             try:
-                await function(*args)
-            except Exception as error:
-                self.inbox.fail(error)
+                for task in tasks:
+                    append(task_func(task))
+            except BaseException as error:
+                failure = packed(error)
+                with lock:
+                    failures[len(results)] = failure
+                    append(None)
+                quits_debugger = getattr(sys.modules.get("bdb"), "BdbQuit", ())
+                if returns_errors and not isinstance(error, quits_debugger):
+                    continue
+            with lock:
+                if signs is not None:
+                    signs.done, signs.travels = ([], {}), True
+                return results, failures
 
-        self.client.loop.add_callback(guarded)
+    class Signs:
+        """Signs of life: a thread that sends, now and then, what is done of a batch.
+
+        So it costs a task nothing to be watched.
+        """
+
+        def __init__(self, connection: Any, dump: Any, seconds: float) -> None:
+            self.lock = threading.Lock()
+            self.done: Any = [], {}  # results and failures of what is being run
+            self.travels = False  # results are being pickled
+            self.over = threading.Event()
+            arguments = connection, dump, seconds
+            threading.Thread(target=self.send, args=arguments, daemon=True).start()
+
+        def send(self, connection: Any, dump: Any, seconds: float) -> None:
+            while not self.over.wait(seconds):
+                with self.lock, contextlib.suppress(OSError):  # the program has ended
+                    results, failures = self.done
+                    count = len(results)  # there may be more in a moment
+                    if count or self.travels:
+                        connection.send_bytes(
+                            reply(results[:count], dict(failures), dump, _MORE)
+                        )
+                        del results[:count]
+                        failures.clear()
+
+    def answer(
+        get_function: Any,
+        returns_errors: bool,
+        data: bytes,
+        dump: Any,
+        get_signs: Any = lambda size: None,
+        scattered: Any = None,
+    ) -> bytes:
+        """Run tasks that were pickled; return the reply, pickled.
+
+        *scattered* has tasks that were not, by the keys that stand in their places.
+        """
+
+        def load(part: bytes) -> Any:
+            try:
+                return pickle.loads(part)
+            except BaseException as error:
+                raise unreadable("the task", error) from error
+
+        def replaced(task: Any) -> Any:
+            return scattered.get(task, task) if type(task) is str else task
+
+        def packed(error: BaseException) -> Any:
+            return pack(error, dump)
+
+        try:
+            task_func = get_function()
+        except BaseException as error:
+            return cast(bytes, dump(("no function", [], packed(error)), _DONE))
+        try:
+            tasks = pickle.loads(memoryview(data)[1:])
+        except BaseException:
+            return cast(bytes, dump(("unreadable", [], {}), _DONE))
+        signs = get_signs(len(tasks))
+        tasks = map(load, tasks) if data[:1] == _APART else iter(tasks)
+        del data
+        if scattered:
+            tasks = map(replaced, tasks)
+        results, failures = run_tasks(task_func, returns_errors, tasks, packed, signs)
+        return reply(results, failures, dump, _DONE)
+
+    def reply(results: list[Any], failures: Any, dump: Any, first: bytes) -> bytes:
+        """Pickle results: apart, if one of them could cost others."""
+        how, parts = "together", results
+        if failures or not _PLAIN.issuperset(map(type, results)):
+            how, parts = "apart", []
+            for index, result in enumerate(results):
+                parts.append(None)
+                try:
+                    parts[-1] = None if index in failures else dump(result)
+                except BaseException as error:
+                    failure = pickle.PicklingError(
+                        f"the result cannot be pickled: {error!r}"
+                    )
+                    failure.__cause__ = error
+                    failures[index] = pack(failure, dump)
+        return cast(bytes, dump((how, parts, failures), first))
+
+    def unreadable(what: str, error: BaseException) -> Exception:
+        """Return an error that says what cannot be unpickled, and what to do."""
+        last = "".join(traceback.format_exception_only(type(error), error)).strip()
+        message = f"{what} cannot be unpickled in a worker: {last}"
+        if isinstance(error, ImportError):
+            kind = importlib.import_module("joblib.externals.loky.backend.reduction")
+            home = kind.get_loky_pickler().__mro__[1].__module__.rpartition(".")[0]
+            message += (
+                ": install it where the workers are, or have the module sent with what "
+                f"is of it, by {home}.register_pickle_by_value"
+            )
+        elif isinstance(error, AttributeError) and error.__traceback__.tb_next is None:
+            message += (
+                ": a function of the program that is wrapped (as by lru_cache) travels "
+                "by its name, which workers do not have: put it into a module"
+            )
+        return pickle.UnpicklingError(message)
+
+    def load_function(payload: Any) -> Any:
+        try:
+            return pickle.loads(payload)
+        except BaseException as error:
+            raise unreadable("task_func", error) from error
+
+    def make_dump(reducers: Any, by_name: bool = False) -> Any:
+        """Return a function that pickles like joblib, by one pickler, as to make one is
+        slow. *by_name*: what is the program's own, as if it were of a module.
+        """
+        reduction = importlib.import_module("joblib.externals.loky.backend.reduction")
+        kind = reduction.get_loky_pickler()
+
+        class ByName(kind):  # type: ignore[misc, valid-type]
+            def reducer_override(self, value: Any) -> Any:
+                if isinstance(value, (type, types.FunctionType)):
+                    found: Any = sys.modules.get("__main__")
+                    for name in value.__qualname__.split("."):
+                        found = getattr(found, name, None)
+                    if found is value and value.__module__ == "__main__":
+                        return NotImplemented
+                return super().reducer_override(value)
+
+        buffer = io.BytesIO()
+        pickler = (ByName if by_name else kind)(
+            buffer, reducers=reducers, protocol=pickle.HIGHEST_PROTOCOL
+        )
+
+        def dump(value: Any, first: bytes = b"") -> bytes:
+            buffer.write(first)
+            try:
+                pickler.dump(value)
+                return buffer.getvalue()
+            finally:  # keep nothing of it
+                pickler.clear_memo()
+                buffer.seek(0)
+                buffer.truncate()
+
+        return dump
+
+    def pack(error: BaseException, dump: Any) -> Any:
+        """Return *error* in a form that survives pickling: see `_unpacked_error`."""
+
+        def show(lines: Any) -> str:
+            try:
+                return "".join(lines()).strip()
+            except Exception:  # as its own methods may fail
+                return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
+
+        def whole() -> Any:
+            told = part = traceback.TracebackException.from_exception(error)
+            while part is not None:  # without the frames of this module
+                frames = [
+                    f for f in part.stack if f.filename != pack.__code__.co_filename
+                ]
+                part.stack = traceback.StackSummary.from_list(frames)
+                part = part.__cause__ or part.__context__
+            return told.format()
+
+        def dumped(form: Any) -> Any:
+            with contextlib.suppress(BaseException):
+                data = dump(form)
+                copy = pickle.loads(data)
+                if form is not error or repr(copy.args) == repr(error.args):
+                    return data
+            return None
+
+        kind: Any = type(error)
+        summary = show(lambda: traceback.format_exception_only(kind, error))
+        text = show(whole)
+        # Many a class cannot be called with the `args` that it has passed to its base,
+        # as pickle would. What the built-in class underneath knows is sent instead,
+        # then.
+        bases = [base for base in kind.__mro__ if base in vars(builtins).values()]
+        builtin: Any = bases[0]
+        data, members = dumped(error), None
+        if data is None and isinstance(
+            error, vars(builtins).get("BaseExceptionGroup", ())
+        ):
+            group: Any = error
+            members = [pack(member, dump) for member in group.exceptions]
+            data = dumped((builtin, kind, (group.message,), vars(group)))
+        elif data is None:
+            data = dumped((builtin, *builtin.__reduce__(error)))
+        return data, members, summary, text
+
+    # ---- worker processes of loky and multiprocessing
+
+    def serve(
+        connection: Any,
+        line: Any,
+        prepared: Any,
+        reducers: Any,
+        by_name: bool,
+        env: Any,
+    ) -> None:
+        """Be a worker, until the connection ends."""
+        lead_session(connection)
+        if line is not None:
+            hold_life_line(line)
+        os.environ.update(env)
+        server = Server(connection, functools.partial(make_dump, reducers, by_name))
+        sys.modules[_WORKER_MODULE] = cast(Any, server)
+        try:
+            initializer, initargs = (
+                pickle.loads(prepared) if isinstance(prepared, bytes) else prepared
+            )
+            if initializer is not None:
+                initializer(*initargs)
+            first = _DONE
+        except BaseException:
+            first = traceback.format_exc().encode()
+        del prepared
+        with contextlib.suppress(EOFError, OSError):  # the program has ended
+            connection.send_bytes(first)
+            while first == _DONE:
+                server.handle()
+
+    class Server:
+        """Answers what arrives at a connection, by the function of a run."""
+
+        def __init__(self, connection: Any, make_own_dump: Any) -> None:
+            self.connection = connection
+            self.make_dump = make_own_dump
+            self.dump = make_own_dump()
+            self.function = self.config = self.signs = self.limit = None
+            self.returns_errors = False
+
+        def handle(self) -> None:
+            """Read a message, and answer it; keep nothing of either."""
+            message = self.connection.recv_bytes()
+            kind, content = message[:1], memoryview(message)[1:]
+            if kind == _FORGET:
+                self.forget()
+                return
+            if kind == _FUNCTION:
+                answered = self.take(content)
+            elif kind == _CALL:
+                answered = pickle.loads(content)()
+            else:
+                answered = self.answer(message)
+            del message, content
+            with contextlib.nullcontext() if self.signs is None else self.signs.lock:
+                if self.signs is not None:
+                    self.signs.travels = False
+                self.connection.send_bytes(answered)
+
+        def forget(self) -> None:
+            """Let go of a function, and of all that came with it."""
+            if self.config is not None:
+                self.config.unregister()
+            if self.signs is not None:
+                self.signs.over.set()
+            self.function = self.config = self.signs = None
+            gc.collect()
+
+        def take(self, content: Any) -> bytes:
+            """Keep a function for the batches to come; return a reply."""
+            self.forget()
+            size = int.from_bytes(content[:8], "big") + 8
+            nested, n_jobs, self.returns_errors, self.limit = pickle.loads(
+                content[8:size]
+            )
+            try:
+                self.function = load_function(content[size:])
+            except BaseException as error:
+                packed = pack(error, self.dump)
+                return cast(bytes, self.dump(("no function", [], packed), _DONE))
+            # What tasks start by joblib themselves, as joblib has it in a worker.
+            self.config = joblib.parallel_config(backend=nested, n_jobs=n_jobs)
+            return _DONE
+
+        def answer(self, message: bytes) -> bytes:
+            """Run a batch."""
+            return answer(
+                lambda: self.function,
+                self.returns_errors,
+                message,
+                self.dump,
+                self.get_signs,
+            )
+
+        def get_signs(self, size: int) -> Any:
+            """Return what tells of a batch of many tasks, if there is a limit."""
+            if self.signs is None and self.limit is not None and size > 1:
+                self.signs = Signs(self.connection, self.make_dump(), self.limit)
+            return self.signs
+
+    def lead_session(connection: Any) -> None:
+        """Take no part in what happens at the program's terminal."""
+        # A fork inherits the program's handlers, which must not act here. An interrupt
+        # is for the program: it ends the run, and so this process.
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                ignore = number == signal.SIGINT
+                signal.signal(number, (lambda *_: None) if ignore else signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        if os.name == "posix":
+            os.setsid()
+            os.register_at_fork(after_in_child=connection.close)  # or it would not end
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+
+    def hold_life_line(line: Any) -> None:
+        """Have Linux kill this process group when the program ends, in whatever way.
+
+        The program holds the writing end of a pipe, to which nobody writes. This opens
+        the reading end anew, since what is asked for here is of an open file.
+        """
+        fcntl = importlib.import_module("fcntl")
+        own = os.open(f"/proc/self/fd/{line.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
+        line.close()
+        fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+        poller = select.poll()
+        poller.register(own, 0)
+        if poller.poll(0):  # it has ended already
+            os.killpg(0, signal.SIGKILL)
+
+    # ---- workers of Dask and Ray
+
+    class Functions:
+        """The function of a run in a worker of Dask or Ray.
+
+        A worker of Dask is a process with threads. Each thread has a copy of its own,
+        since a model is not made to be shared. They go with this, when Dask lets it go.
+        """
+
+        def __init__(self, payload: bytes, returns_errors: bool, config: Any) -> None:
+            self.payload = payload
+            self.returns_errors = returns_errors
+            self.config = config  # for what tasks start by joblib themselves
+            self.kept = threading.local()
+
+        def __reduce__(self) -> Any:
+            return Functions, (self.payload, self.returns_errors, self.config)
+
+        def __sizeof__(self) -> int:
+            return len(self.payload)  # Dask asks
+
+        def __call__(self, data: bytes, scattered: Any = None) -> bytes:
+            """Run a batch."""
+            get, dump = self.get, make_dump({})
+            with joblib.parallel_config(**self.config):
+                return answer(get, self.returns_errors, data, dump, scattered=scattered)
+
+        def get(self) -> Any:
+            if not hasattr(self.kept, "function"):
+                self.kept.function = load_function(self.payload)
+            return self.kept.function
+
+    def answer_of_ray(key: str, stored: Any, data: bytes) -> bytes:
+        """Run a batch by the function of the run *key*; the worker keeps one."""
+        state: Any = sys.modules.get(_WORKER_MODULE)
+        if state is None or state.key != key:
+            functions = pickle.loads(importlib.import_module("ray").get(stored))
+            state = types.SimpleNamespace(key=key, functions=functions)
+            sys.modules[_WORKER_MODULE] = state
+        return cast(bytes, state.functions(data))
+
+    return types.SimpleNamespace(**locals())
 
 
-class _Ray(_Engine):
-    """Puts the function into Ray's store once a run; each worker unpickles it once."""
-
-    def send(self, task_func: Callable[[Any], Any]) -> Any:
-        stored = importlib.import_module("ray").put(_pickled_function(task_func))
-        return _SentAs(_FUNCTION_OF, uuid.uuid4().hex, stored)
+_WORKER = _worker_functions()
