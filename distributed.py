@@ -1017,11 +1017,15 @@ class _Inbox:
         deadline = time.monotonic() + timeout
         while self.next_number not in self.early:
             number, outcome = self._wait_until(deadline)
-            if number is None or not self.ordered:
+            again = isinstance(outcome, _Outcome) and outcome.is_unreadable()
+            if number is None or again or not self.ordered:
                 return number, outcome
             self.early[number] = outcome
         self.next_number += 1
         return self.next_number - 1, self.early.pop(self.next_number - 1)
+
+    def wait_again_for(self, number: int) -> None:
+        self.next_number = min(self.next_number, number)
 
     def _wait_until(self, deadline: float) -> tuple[int | None, Any]:
         while True:
@@ -1220,6 +1224,10 @@ class _Run:
         try:
             self.engine.send(self, batch, report)
         except Exception as error:
+            if isinstance(error, AttributeError) and error.__context__ is not None:
+                # A thread could not be started, and Python's own pool of threads fails
+                # to stop those that could.
+                error = cast(Exception, error.__context__)
             # To be raised after the results that came before it.
             report(_Failure(error, ends_run=True))
             self.lifetime.has_failed = True
@@ -1241,7 +1249,7 @@ class _Run:
             except Exception as caught:
                 received = [], {}, _Failure(caught)
             if received is None:
-                self.inbox.next_number = batch.number  # if in order, it is its turn
+                self.inbox.wait_again_for(batch.number)
                 self.engine.pack(batch, apart=True)
                 self.send(batch)
                 return [], None
@@ -1283,9 +1291,11 @@ class _Run:
         """Return what the run yields for a batch, and an error that ends the run."""
         if batch is None:
             return [], failure and failure.error
-        if not (failures or failure):
-            return results, None
         done = len(results)
+        if not (failures or failure):
+            if done == len(batch.tasks):
+                return results, None
+            failure = _Failure(RuntimeError("results are missing"))
         rest: Any = failure and self.engine.explained(
             failure, _batch_note(batch.first + done, batch.tasks[done:])
         )
@@ -1818,12 +1828,12 @@ class _Remote(_Engine):
             return [], {}, outcome
         received: list[Any] = []
         failures: dict[int, Any] = {}
+        if outcome.is_unreadable():
+            return None
         for reply in outcome.replies:
             kind, results, failed = pickle.loads(memoryview(reply)[1:])
             if kind == "no function":
                 return [], {}, _Failure(_unpacked_error(failed), ends_run=True)
-            if kind == "unreadable":
-                return None
             failures.update((len(received) + index, failed[index]) for index in failed)
             if kind == "apart":
                 self.unpickle(results, failures, len(received))
@@ -1865,6 +1875,9 @@ class _Outcome(NamedTuple):
 
     replies: list[Any]
     failure: _Failure | None = None
+
+    def is_unreadable(self) -> bool:
+        return self.replies[-1:] == [_UNREADABLE]
 
 
 # ---- Dask and Ray --------------------------------------------------------------------
@@ -2116,7 +2129,7 @@ class _Files:
         folder, _ = self.place(name, self.root)
         with contextlib.suppress(OSError):
             os.rmdir(folder)  # which that has made, for everybody
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
         os.mkdir(folder, mode=0o700)
         if not _is_frozen():  # where it would start the program anew
             tracker = _loky("backend.resource_tracker")
@@ -2254,7 +2267,7 @@ class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
         # What can be pickled only while a process is started, such as a lock, is not
         # compared: those workers serve one run.
         with contextlib.suppress(Exception):
-            prepared = self.dump(prepared)
+            prepared = super().pickler()(prepared)  # with the arrays in it
             environment = dict(os.environ)
             environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
             surroundings = environment, os.getcwd(), list(sys.path)
@@ -2397,6 +2410,7 @@ class _Worker:
 
     def __init__(self, recipe: _Recipe) -> None:
         self.recipe = recipe
+        self.thread: Any = None  # the attendant
         self.process: Any = None
         self.connection: Any = None
         self.poller: Any = None
@@ -2408,7 +2422,7 @@ class _Worker:
 
     def launch(self) -> None:
         """Start a process."""
-        with _starting, _interrupts_blocked(), _standard_streams():
+        with _starting, _interrupts_later(), _standard_streams():
             if self.is_stopped:
                 raise EOFError("the pool has been stopped")
             _occupy_standard_streams()
@@ -2416,7 +2430,6 @@ class _Worker:
                 # Python starts its own as a worker starts, and unblocks interrupts then.
                 tracker = importlib.import_module("multiprocessing.resource_tracker")
                 tracker.ensure_running()
-            self.is_ready, self.done = False, 0
             self.connection, theirs = multiprocessing.Pipe()
             _our_ends.add(self.connection)
             try:
@@ -2444,17 +2457,19 @@ class _Worker:
         """Have a job done, by a fresh process if need be."""
         replies: list[bytes] = []
         try:
-            if self.done and self.done + job.size > self.recipe.most_tasks:
-                self.retire()
             if self.process is not None and self.process.exitcode is not None:
                 self.bury()  # it was idle
+            if self.done and self.done + job.size > self.recipe.most_tasks:
+                self.retire()
             if self.process is None and self.failure is None:
                 self.start(job.function.patience)
             if self.failure is not None:
                 return self.failure
             if self.function is not job.function:
+                self.function, self.is_ready = None, False
                 self.connection.send_bytes(job.function.message)
-                reply = self.receive(math.inf)
+                reply = self.receive(job.function.patience)
+                self.is_ready = True
                 if reply != _DONE:
                     return _Outcome([reply])
                 self.function = job.function
@@ -2465,7 +2480,9 @@ class _Worker:
             while not replies or replies[-1][:1] == _MORE:
                 replies.append(self.receive(job.function.limit + slack))
         except Exception as error:
-            return _Outcome(replies, self.failed(error, job.function.limit))
+            function = job.function
+            limit = function.limit if self.is_ready else function.patience
+            return _Outcome(replies, self.failed(error, limit))
         return _Outcome(replies)
 
     def receive(self, limit: float) -> bytes:
@@ -2488,7 +2505,8 @@ class _Worker:
 
     def failed(self, error: Exception, limit: float) -> _Failure:
         """Kill the process, and say what has become of it."""
-        is_ready, code = self.is_ready, self.bury()
+        is_ready, was_started = self.is_ready, self.process is not None
+        code = self.bury()
         if isinstance(error, _InitializerError):
             failure = _Failure(BrokenProcessPool(str(error)), ends_run=True)
             _set_cause(failure.error, error.text)
@@ -2497,7 +2515,7 @@ class _Worker:
             text = "a task has taken longer than the timeout of"
             text = text if is_ready else "a worker was not ready after"
             error = _TaskTimeoutError(f"{text} {limit!r} seconds")
-        elif isinstance(error, (EOFError, OSError)) and code is not None:
+        elif isinstance(error, (EOFError, OSError)) and was_started:
             text = f"a worker process has died{'' if is_ready else ' as it started'}"
             hint = " (SIGKILL, as when memory runs out)" if code == -9 else ""
             error = BrokenProcessPool(f"{text}: exit code {code}{hint}")
@@ -2518,9 +2536,10 @@ class _Worker:
     def leave(self) -> None:
         """Close the connection, at which the process leaves, too."""
         self.function = self.poller = None
-        if self.connection is not None:
-            _our_ends.discard(self.connection)
-            self.connection.close()
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            _our_ends.discard(connection)
+            connection.close()
 
     def bury(self) -> int | None:
         """Kill the process with all that it has started; return its exit code."""
@@ -2529,8 +2548,11 @@ class _Worker:
         if process is not None and process.pid is not None:
             _kill([process])
             process.join()
-            code = process.exitcode
-        self.process, self.is_ready = None, False
+            for _ in range(50):  # another thread may be about to know, too
+                code = process.exitcode
+                if code is None:
+                    time.sleep(0.01)
+        self.process, self.is_ready, self.done = None, False, 0
         return code
 
     def retire(self) -> None:
@@ -2583,7 +2605,6 @@ class _Pool:
         self.recipe = recipe
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.workers: list[_Worker] = []
-        self.attendants: list[threading.Thread] = []
         self.timer: Any = None
         dismiss = weakref.finalize(self, _dismiss, self.jobs, self.workers)
         dismiss.atexit = False
@@ -2591,21 +2612,24 @@ class _Pool:
 
     def submit(self, job: _Job) -> None:
         """Have a job done; start another worker, unless there are enough."""
-        if len(self.attendants) < self.size:
-            # Python warns of forks beside threads: first all processes, then threads.
-            forks = self.recipe.forks()
-            while len(self.workers) < (
-                self.size if forks else len(self.attendants) + 1
-            ):
-                self.workers.append(_Worker(self.recipe))
-                if forks:
-                    self.workers[-1].launch()
-            for worker in self.workers[len(self.attendants) :]:
-                arguments = worker, self.jobs, job.function.patience
+        if len(self.workers) < self.size or not self.workers[-1].thread:
+            with _interrupts_later():
+                self.grow(job.function.patience)
+        self.jobs.put(job)
+
+    def grow(self, patience: float) -> None:
+        # Python warns of forks beside threads: first all processes, then threads.
+        forks = self.recipe.forks()
+        for _ in range(self.size - len(self.workers) if forks else 1):
+            self.workers.append(_Worker(self.recipe))
+            if forks:
+                self.workers[-1].launch()
+        for worker in self.workers:
+            if worker.thread is None:
+                arguments = worker, self.jobs, patience
                 thread = threading.Thread(target=_attend, args=arguments, daemon=True)
                 thread.start()
-                self.attendants.append(thread)
-        self.jobs.put(job)
+                worker.thread = thread
 
     def keep(self, seconds: float) -> None:
         """Let the next run of the same settings have the workers, which are idle.
@@ -2642,10 +2666,11 @@ class _Pool:
         busy = [process for process, is_ready in found if kill or not is_ready]
         _kill([process for process in processes if process in busy])
         _dismiss(self.jobs, self.workers)
-        for thread in self.attendants:
-            thread.join(timeout=_PATIENCE)
-        for worker in self.workers[len(self.attendants) :]:
-            worker.leave()  # its thread could not be started
+        for worker in self.workers:
+            if worker.thread is None:  # it could not be started
+                worker.leave()
+            else:
+                worker.thread.join(timeout=_PATIENCE)
         deadline = time.monotonic() + _PATIENCE
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))
@@ -2769,19 +2794,27 @@ def _occupy_standard_streams() -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Keep interrupts from this thread, and from processes that it starts.
+def _interrupts_later() -> Iterator[None]:
+    """Let an interrupt wait until this is over, in this thread and in new processes.
 
-    These unblock them when they are ready.
+    Processes unblock it when they are ready. To block it is not enough here, since
+    another thread may take the signal, and Python interrupts the main thread then.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    noted: list[Any] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if is_main else None
+    mask: Any = getattr(signal, "pthread_sigmask", lambda *_: set())  # Windows
+    if before is not None:
+        signal.signal(signal.SIGINT, lambda *_: noted.append(1))
+    blocked = mask(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        mask(getattr(signal, "SIG_SETMASK", 0), blocked)
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
 
 
 # --------------------------------------------------------------------------------------
@@ -2798,8 +2831,9 @@ _WORKER_MODULE = "_joblib_batches"
 # backend of others has wrapped; a function, or that the last one may be forgotten.
 _TOGETHER, _APART, _CALL, _FUNCTION, _FORGET = b"t", b"a", b"c", b"f", b"-"
 
-# First bytes of replies: results so far, and the last ones.
-_MORE, _DONE = b"+", b"."
+# First bytes of replies: results so far, the last ones, and none, since tasks that came
+# together cannot be unpickled.
+_MORE, _DONE, _UNREADABLE = b"+", b".", b"?"
 
 # Types of which nothing can fail to be pickled or unpickled.
 _PLAIN = frozenset((bool, bytes, complex, float, int, str, type(None)))
@@ -2813,7 +2847,7 @@ def _worker_functions() -> types.SimpleNamespace:
 
         def packed(error: BaseException) -> Any:
             # The frame of run_tasks would refer to it, too.
-            return error.with_traceback(error.__traceback__.tb_next)
+            return error.with_traceback(getattr(error.__traceback__, "tb_next", None))
 
         return run_tasks(task_func, returns_errors, iter(tasks), packed)
 
@@ -2914,7 +2948,7 @@ def _worker_functions() -> types.SimpleNamespace:
         try:
             tasks = pickle.loads(memoryview(data)[1:])
         except BaseException:
-            return cast(bytes, dump(("unreadable", [], {}), _DONE))
+            return _UNREADABLE
         signs = get_signs(len(tasks))
         tasks = map(load, tasks) if data[:1] == _APART else iter(tasks)
         del data
@@ -2944,6 +2978,7 @@ def _worker_functions() -> types.SimpleNamespace:
         """Return an error that says what cannot be unpickled, and what to do."""
         last = "".join(traceback.format_exception_only(type(error), error)).strip()
         message = f"{what} cannot be unpickled in a worker: {last}"
+        trace: Any = error.__traceback__
         if isinstance(error, ImportError):
             kind = importlib.import_module("joblib.externals.loky.backend.reduction")
             home = kind.get_loky_pickler().__mro__[1].__module__.rpartition(".")[0]
@@ -2951,7 +2986,7 @@ def _worker_functions() -> types.SimpleNamespace:
                 ": install it where the workers are, or have the module sent with what "
                 f"is of it, by {home}.register_pickle_by_value"
             )
-        elif isinstance(error, AttributeError) and error.__traceback__.tb_next is None:
+        elif isinstance(error, AttributeError) and not trace.tb_next:
             message += (
                 ": a function of the program that is wrapped (as by lru_cache) travels "
                 "by its name, which workers do not have: put it into a module"
@@ -3008,7 +3043,8 @@ def _worker_functions() -> types.SimpleNamespace:
                 return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
 
         def whole() -> Any:
-            told = part = traceback.TracebackException.from_exception(error)
+            told = traceback.TracebackException.from_exception(error)
+            part: Any = told
             while part is not None:  # without the frames of this module
                 frames = [
                     f for f in part.stack if f.filename != pack.__code__.co_filename
