@@ -5,9 +5,11 @@ anything of it is pickled to a worker. Most tasks are expressions, run by `eval`
 every engine can send to its workers.
 """
 
+import bdb
 import collections
 import contextlib
 import contextvars
+import errno
 import functools
 import gc
 import importlib.util
@@ -3382,6 +3384,3025 @@ def test_examples_of_clusters(program, source, output):
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
     assert printed.endswith(output)  # Ray prints, and both of them log
+
+
+# ------------------------------------------------------------------------------------------------
+# Failed tasks as values: errors="return"
+
+
+FailedTask = distributed.FailedTask
+
+
+HAS_NOTES = sys.version_info >= (3, 11)
+
+
+PROCESSES = ["loky", "multiprocessing"]
+
+
+# A function that takes expressions, and other tasks as they are; it travels by value.
+run = lambda task: eval(task, {}) if isinstance(task, str) else repr(task)
+
+
+LOCK = "__import__('_thread').allocate_lock()"
+
+
+EXIT_IN_PEACE = EXIT.replace("7", "0")
+
+
+EXITS = [
+    "SystemExit(3)",
+    "SystemExit()",
+    "KeyboardInterrupt()",
+    "GeneratorExit()",
+    "StopIteration(4)",
+    "BaseException(5)",
+]
+
+
+def exiting(error):
+    """An expression that raises it, StopIteration as well: not by a generator."""
+    return f"exec({f'raise {error}'!r})"
+
+
+class CannotBePickled:
+    def __reduce__(self):
+        raise KeyError("stays here")
+
+
+class CannotBeUnpickled:
+    def __getstate__(self):
+        return {"key": 1}
+
+    def __setstate__(self, state):
+        raise KeyError("not here")
+
+    def call(self, task):
+        return task
+
+
+def logged(folder, number, expression=None):
+    """An expression for *number* that leaves a byte in a file of that name, first."""
+    path = str(folder / str(number))
+    expression = repr(number) if expression is None else expression
+    return f"(open({path!r}, 'ab', 0).write(b'x'), {expression})[1]"
+
+
+def times_run(folder):
+    return {int(path.name): path.stat().st_size for path in folder.iterdir()}
+
+
+def numbers_of(results):
+    """Return the numbers of tasks that failed, and what the others gave."""
+    failed = [result.number for result in results if isinstance(result, FailedTask)]
+    return failed, [result for result in results if not isinstance(result, FailedTask)]
+
+
+def slow(seconds, number=0):
+    return f"(__import__('time').sleep({seconds}), {number})[1]"
+
+
+def notes_of(error):
+    return getattr(error, "__notes__", [])
+
+
+def check_failed_task(setup, fault, error_type, return_as, batch_size, **options):
+    tasks = [value(number) for number in range(12)]
+    tasks[7] = fault
+    options |= {"return_as": return_as, "batch_size": batch_size}
+    results = list(setup(run, iter(tasks), errors="return", **options))
+    (failed,) = (result for result in results if isinstance(result, FailedTask))
+    assert (failed.number, type(failed.error)) == (7, error_type)
+    assert failed.task is tasks[7]
+    position = results.index(failed)
+    assert return_as == "generator_unordered" or position == 7
+    results.remove(failed)
+    expected = [*range(7), *range(8, 12)]
+    assert (results if return_as == "generator" else sorted(results)) == expected
+    _, raised = collect(setup(run, iter(tasks), **options), Exception)
+    assert type(raised) is error_type
+    assert str(raised) == str(failed.error)
+    assert notes_of(raised) == notes_of(failed.error)
+    assert type(raised.__cause__) is type(failed.error.__cause__)
+    return failed.error
+
+
+ORDERS = [
+    ("generator", 1),
+    ("generator_unordered", 5),
+]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("return_as", "batch_size"), ORDERS)
+@pytest.mark.parametrize(
+    ("error", "error_type"),
+    [
+        ("ValueError('bad')", ValueError),
+        ("OSError(2, 'gone', 'x')", FileNotFoundError),
+    ],
+)
+def test_a_task_that_raises_is_a_failed_task_in_its_place(
+    setup, error, error_type, return_as, batch_size
+):
+    error = check_failed_task(setup, raising(error), error_type, return_as, batch_size)
+    if HAS_NOTES:
+        (note,) = error.__notes__
+        assert note.startswith("Task 7 (counted from 0): ")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("expression", EXITS[::2])
+def test_what_is_no_exception_is_the_cause_of_the_error_of_a_failed_task(
+    setup, expression
+):
+    fault = exiting(expression)
+    error = check_failed_task(setup, fault, RuntimeError, "generator", 5)
+    expected = eval(expression)
+    assert type(error.__cause__) is type(expected)
+    assert error.__cause__.args == expected.args
+    assert type(expected).__name__ in str(error)
+    assert not HAS_NOTES or error.__notes__[0].startswith("Task 7 (counted from 0): ")
+
+
+PICKLING = {
+    "task to pickle": (CannotBePickled(), pickle.PicklingError),
+    "lock to pickle": (threading.Lock(), pickle.PicklingError),
+    "task to unpickle": (by_value(CannotBeUnpickled)(), pickle.UnpicklingError),
+    "result to pickle": (LOCK, pickle.PicklingError),
+    "result to unpickle": (BAD_RESULT, pickle.UnpicklingError),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("return_as", "batch_size"), ORDERS)
+@pytest.mark.parametrize("what", PICKLING)
+def test_what_cannot_be_pickled_or_unpickled_is_a_failed_task(
+    pickling_setup, what, return_as, batch_size
+):
+    fault, error_type = PICKLING[what]
+    error = check_failed_task(pickling_setup, fault, error_type, return_as, batch_size)
+    assert "pickled" in str(error)
+    assert what.split()[0].replace("lock", "task") in str(error)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("death", [KILL, EXIT, EXIT_IN_PEACE])
+def test_a_task_that_ends_its_worker_is_a_failed_task(processes, death):
+    error = check_failed_task(
+        processes, death, distributed.BrokenProcessPool, "generator", 1
+    )
+    assert isinstance(error, BrokenExecutor)
+    assert "a worker process has died" in str(error)
+    assert "Task 7 (counted from 0)" in str(error)
+
+
+@pytest.mark.once
+def test_a_task_that_takes_too_long_is_a_failed_task(processes):
+    error = check_failed_task(
+        processes, slow(3600), distributed._TaskTimeoutError, "generator", 1, timeout=1
+    )
+    assert "Task 7 (counted from 0)" in str(error)
+    assert "1 seconds" in str(error)
+
+
+@pytest.mark.once
+def test_all_tasks_of_a_batch_may_fail_each_in_its_way(processes):
+    tasks = [fault for fault, _ in PICKLING.values()] + [
+        value(5),
+        raising("KeyError()"),
+    ]
+    # Enough for two workers: at the end of the tasks batches are smaller.
+    tasks += map(value, range(7, 14))
+    results = list(processes(run, tasks, errors="return", batch_size=7))
+    failed, others = numbers_of(results)
+    assert (sorted(failed), sorted(others)) == ([0, 1, 2, 3, 4, 6], [5, *range(7, 14)])
+    for number, _, error in (r for r in results if isinstance(r, FailedTask)):
+        expected = [*(kind for _, kind in PICKLING.values()), None, KeyError][number]
+        assert type(error) is expected
+        assert not HAS_NOTES or f"Task {number} (counted" in error.__notes__[-1]
+
+
+def test_a_death_costs_its_batch_and_nothing_is_run_twice(processes, tmp_path):
+    tasks = [logged(tmp_path, n, KILL if n == 7 else None) for n in range(20)]
+    options = {"errors": "return", "batch_size": 5, "return_as": "generator"}
+    results = list(processes(run, tasks, **options))
+    failed, others = numbers_of(results)
+    assert sorted(failed) == [5, 6, 7, 8, 9]
+    assert sorted(others) == [*range(5), *range(10, 20)]
+    ran = times_run(tmp_path)
+    assert set(ran) == set(range(20)) - {8, 9}
+    assert set(ran.values()) == {1}
+    for number, task, error in (r for r in results if isinstance(r, FailedTask)):
+        assert task is tasks[number]
+        assert "One of tasks 5 to 9 (counted from 0)" in str(error)
+
+
+@pytest.mark.once
+def test_a_time_out_costs_what_was_not_done_and_nothing_is_run_twice(
+    processes, tmp_path
+):
+    tasks = [logged(tmp_path, n, slow(3600) if n == 7 else None) for n in range(20)]
+    results = list(processes(run, tasks, errors="return", batch_size=5, timeout=2))
+    failed, others = numbers_of(results)
+    # That the first two are done was known long before.
+    assert sorted(failed) == [7, 8, 9]
+    assert sorted(others) == [*range(7), *range(10, 20)]
+    assert set(times_run(tmp_path).values()) == {1}
+    assert set(times_run(tmp_path)) == set(range(20)) - {8, 9}
+
+
+KINDS = {
+    "fine": None,
+    "raises": raising("KeyError(1)"),
+    "exits": raising("SystemExit(1)"),
+    "dies": KILL,
+    "leaves": EXIT_IN_PEACE,
+    "lock": LOCK,
+    "bad result": BAD_RESULT,
+    "unpicklable": CannotBePickled(),
+    "unreadable": by_value(CannotBeUnpickled)(),
+}
+
+
+FATAL = {"dies", "leaves"}
+
+
+@pytest.mark.once
+@settings(deadline=None, max_examples=15)
+@given(
+    kinds=st.lists(
+        st.one_of(st.just("fine"), st.sampled_from(sorted(KINDS))), max_size=25
+    ),
+    backend=st.sampled_from(["multiprocessing", "multiprocessing", "loky"]),
+    batch_size=st.sampled_from([1, 1, 3, "auto"]),
+    num_workers=st.sampled_from([1, 2, 3]),
+    return_as=st.sampled_from(["generator", "generator_unordered"]),
+    more=st.fixed_dictionaries(
+        {},
+        optional={
+            "timeout": st.just(60),
+            "maxtasksperchild": st.sampled_from([1, 4]),
+            "pre_dispatch": st.sampled_from(["all", 1]),
+        },
+    ),
+)
+def test_any_mixture_of_tasks_is_accounted_for(
+    tmp_path_factory, kinds, backend, batch_size, num_workers, return_as, more
+):
+    folder = tmp_path_factory.mktemp("tasks")
+    tasks = [
+        logged(folder, number, KINDS[kind])
+        if isinstance(KINDS[kind], str | None)
+        else KINDS[kind]
+        for number, kind in enumerate(kinds)
+    ]
+    options = {"batch_size": batch_size, "return_as": return_as, **more}
+    results = list(
+        Joblib.setup(
+            run, iter(tasks), num_workers, backend=backend, errors="return", **options
+        )
+    )
+    numbers = [r.number if isinstance(r, FailedTask) else r for r in results]
+    in_order = list(range(len(tasks)))
+    assert (numbers if return_as == "generator" else sorted(numbers)) == in_order
+    assert all(r.task is tasks[r.number] for r in results if isinstance(r, FailedTask))
+    failed, fine = map(set, numbers_of(results))
+    faulty = {number for number, kind in enumerate(kinds) if kind != "fine"}
+    assert failed >= faulty
+    if batch_size == 1 or not FATAL & set(kinds):
+        assert failed == faulty
+    ran = times_run(folder)
+    assert set(ran.values()) <= {1}
+    assert set(ran) >= fine
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=30)
+@given(
+    expressions=st.lists(st.sampled_from([None, *EXITS, "KeyError(1)"]), max_size=30),
+    batch_size=st.sampled_from([1, 4, 50]),
+    return_as=st.sampled_from(["generator", "generator_unordered"]),
+)
+def test_any_mixture_of_tasks_is_accounted_for_in_threads(
+    expressions, batch_size, return_as
+):
+    tasks = [
+        value(number) if expression is None else exiting(expression)
+        for number, expression in enumerate(expressions)
+    ]
+    options = {"batch_size": batch_size, "return_as": return_as, "errors": "return"}
+    results = list(Joblib.setup(run, iter(tasks), 2, backend="threading", **options))
+    numbers = [r.number if isinstance(r, FailedTask) else r for r in results]
+    in_order = list(range(len(tasks)))
+    assert (numbers if return_as == "generator" else sorted(numbers)) == in_order
+    failed = {r.number for r in results if isinstance(r, FailedTask)}
+    assert failed == {n for n, e in enumerate(expressions) if e is not None}
+
+
+def test_an_error_of_the_tasks_is_raised_after_all_that_there_is(setup):
+    def tasks():
+        yield from (value(0), "1 / 0", value(2))
+        raise LookupError("no more")
+
+    received, error = collect(
+        setup(run, tasks(), errors="return", return_as="generator"), LookupError
+    )
+    assert str(error) == "no more"
+    assert [type(result) for result in received] == [int, FailedTask, int]
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (CannotBePickled().__reduce__, "task_func cannot be pickled"),
+        (by_value(CannotBeUnpickled)().call, "task_func cannot be unpickled"),
+    ],
+)
+def test_a_function_that_cannot_travel_ends_the_run(pickling_setup, function, text):
+    if text.endswith("be pickled"):
+        function = threading.Lock().acquire
+    received, error = collect(
+        pickling_setup(function, [1, 2, 3], errors="return"), Exception
+    )
+    assert received == []
+    assert text in str(error)
+    assert isinstance(error, pickle.PickleError)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("failing", [raising("KeyError(1)"), EXIT_IN_PEACE])
+def test_an_initializer_that_fails_ends_the_run(processes, failing, capfd):
+    options = {"initializer": eval, "initargs": (failing,), "errors": "return"}
+    received, error = collect(processes(abs, range(9), **options), BrokenExecutor)
+    assert received == []
+    assert error is not None
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+def test_an_initializer_that_fails_in_a_worker_in_place_of_another_ends_the_run(
+    processes, tmp_path
+):
+    (tmp_path / "fine").mkdir()
+    source = f"import os; os.listdir({str(tmp_path / 'fine')!r})"
+    options = {"initializer": exec, "initargs": (source,), "errors": "return"}
+    remove = f"__import__('os').rmdir({str(tmp_path / 'fine')!r})"
+    tasks = [value(0), *[value(1)] * 9, f"({remove}, {KILL})", *[value(2)] * 9]
+    results = processes(run, tasks, batch_size=1, return_as="generator", **options)
+    received, error = collect(results, BrokenExecutor)
+    assert "initializer has failed" in str(error)
+    assert "FileNotFoundError" in str(error)
+    assert received[:10] == [0, *[1] * 9]
+
+
+@pytest.mark.parametrize("errors", ["ignore", None])
+def test_errors_must_be_one_of_two(errors):
+    with pytest.raises(ValueError, match="^errors must be ") as caught:
+        Joblib.setup(abs, [1], errors=errors)
+    for text in ("'raise'", "'return'", repr(errors)):
+        assert text in str(caught.value)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_who_quits_the_debugger_means_the_program(setup, num_workers):
+    tasks = [value(0), raising("__import__('bdb').BdbQuit()"), value(2)]
+    options = {"errors": "return", "return_as": "generator", "batch_size": 1}
+    results = setup(run, tasks, num_workers=num_workers, **options)
+    received, error = collect(results, bdb.BdbQuit)
+    assert received == [0]
+    assert type(error) is bdb.BdbQuit
+
+
+@pytest.mark.slow
+def test_who_quits_the_debugger_in_a_batch_means_the_program(processes, tmp_path):
+    quits = raising("__import__('bdb').BdbQuit()")
+    tasks = [value(0), "1 / 0", quits, logged(tmp_path, 3), logged(tmp_path, 4)]
+    tasks += map(value, range(5, 10))  # for the other worker
+    options = {"errors": "return", "return_as": "generator", "batch_size": 5}
+    received, error = collect(processes(run, tasks, **options), bdb.BdbQuit)
+    assert [type(result) for result in received] == [int, FailedTask]
+    assert type(error) is bdb.BdbQuit
+    assert times_run(tmp_path) == {}
+
+
+INTERRUPTED_SWEEP = """
+    import pathlib, sys, time
+    from yourpackage.distributed import Joblib
+
+    def work(task):
+        if task == 2:
+            pathlib.Path("begun").touch()
+            time.sleep(3600)
+        return task
+
+    if __name__ == "__main__":
+        backend, workers, errors = sys.argv[1:]
+        try:
+            for result in Joblib.setup(
+                work, range(5), int(workers), backend=backend, errors=errors
+            ):
+                if result == 0:
+                    print("first", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted")
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("backend", "workers"), [("loky", 2), ("multiprocessing", 1), ("threading", 1)]
+)
+def test_an_interrupt_of_the_program_is_no_failed_task(
+    program, tmp_path, backend, workers
+):
+    process = program(INTERRUPTED_SWEEP, backend, workers, "return")
+    wait_until((tmp_path / "begun").exists)
+    process.send_signal(signal.SIGINT)
+    assert output_of(process) == "first\ninterrupted\n"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("errors", "batch_size"), [("raise", 5), ("return", 1)])
+def test_an_interrupt_while_a_result_is_unpickled_ends_the_run(
+    processes, errors, batch_size
+):
+    reduced = "(__import__('signal').raise_signal, (2,))"
+    interrupts = f"type('R', (), {{'__reduce__': lambda self: {reduced}}})()"
+    tasks = [value(0), interrupts, *map(value, range(9))]
+    with pytest.raises(KeyboardInterrupt):
+        list(processes(run, tasks, errors=errors, batch_size=batch_size))
+    assert sorted(processes(abs, [-1, -2])) == [1, 2]
+
+
+def test_single_process_raises_whatever_errors_says():
+    results = SingleProcess.setup(run, [value(0), "1 / 0"], errors="return")
+    received, error = collect(results, ZeroDivisionError)
+    assert received == [0]
+    assert error is not None
+    with pytest.raises(SystemExit):
+        list(SingleProcess.setup(run, [raising("SystemExit()")], errors="return"))
+
+
+@pytest.mark.parametrize("backend", LOCAL)
+def test_bounded_whatever_fails(backend):
+    drawn = 0
+
+    def tasks():
+        nonlocal drawn
+        for number in itertools.count():
+            drawn += 1
+            yield value(number) if number % 3 else "1 / 0"
+
+    options = {"errors": "return", "batch_size": 1, "return_as": "generator"}
+    results = Joblib.setup(run, tasks(), 2, backend=backend, **options)
+    for handed_out in range(1, 61):
+        next(results)
+        assert drawn <= handed_out + 4
+    results.close()
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_the_error_of_a_failed_task_refers_to_nothing_of_the_run(backend):
+    function = lambda task: 1 / 0 if task == 3 else 0
+    results = Joblib.setup(
+        function, (n for n in range(9)), 2, backend=backend, errors="return"
+    )
+    run = weakref.ref(results.gi_frame.f_locals["run"])
+    (failed,) = [result for result in results if isinstance(result, FailedTask)]
+    assert type(failed.error) is ZeroDivisionError
+    del results
+    gc.collect()
+    assert run() is None
+
+
+class FailsNowAndThen(joblib.parallel.ThreadingBackend):
+    """Reports an error in place of a batch, as an engine does that has lost it."""
+
+    submitted = 0
+
+    def submit(self, func, callback=None):
+        self.submitted += 1
+        if self.submitted % 3 == 0:
+            callback(OSError("lost"))
+            return None
+        return super().submit(func, callback)
+
+    def retrieve_result_callback(self, out):
+        if isinstance(out, OSError):
+            raise out
+        return super().retrieve_result_callback(out)
+
+
+def test_what_an_engine_reports_of_a_batch_is_its_failed_tasks():
+    options = {"errors": "return", "batch_size": 2, "return_as": "generator"}
+    results = list(
+        Joblib.setup(
+            run, map(value, range(20)), 2, backend=FailsNowAndThen(), **options
+        )
+    )
+    failed, others = numbers_of(results)
+    assert sorted(failed) == [4, 5, 10, 11, 16, 17]
+    assert sorted([*failed, *others]) == list(range(20))
+    for error in (item.error for item in results if isinstance(item, FailedTask)):
+        assert type(error) is OSError
+
+
+def test_the_failure_of_an_engine_is_raised_whatever_errors_says():
+    results = Joblib.setup(
+        abs, range(10), 2, backend=FailingThreading(), errors="return"
+    )
+    received, error = collect(results, OSError)
+    assert error is not None
+    assert not any(isinstance(result, FailedTask) for result in received)
+
+
+# ------------------------------------------------------------------------------------------------
+# A time limit for each task
+
+
+@pytest.mark.once
+def test_neither_start_nor_initializer_count_to_the_timeout(processes):
+    Joblib.shutdown()
+    options = {"initializer": exec, "initargs": ("import time; time.sleep(2)",)}
+    results = processes(abs, range(9), timeout=1, **options)
+    assert sorted(results) == list(range(9))
+
+
+@pytest.mark.once
+def test_other_tasks_of_the_batch_do_not_count_to_the_timeout(processes):
+    tasks = [slow(0.3, number) for number in range(20)]
+    assert sorted(processes(run, tasks, timeout=1, batch_size=10)) == list(range(20))
+
+
+@pytest.mark.once
+def test_waiting_for_a_worker_does_not_count_to_the_timeout(processes):
+    tasks = [slow(0.3, number) for number in range(10)]
+    options = {"timeout": 1, "batch_size": 1, "pre_dispatch": "all", "num_workers": 1}
+    assert sorted(processes(run, tasks, **options)) == list(range(10))
+
+
+@pytest.mark.once
+def test_a_slow_reader_does_not_count_to_the_timeout(processes):
+    tasks = map(value, range(12))
+    options = {"batch_size": 1, "return_as": "generator"}
+    results = processes(run, tasks, timeout=0.5, **options)
+    received = [next(results)]
+    for result in results:
+        received.append(result)
+        if len(received) in (2, 6):
+            time.sleep(1)
+    assert sorted(received) == list(range(12))
+
+
+class SlowToUnpickle:
+    def __setstate__(self, state):
+        time.sleep(0.3)
+
+    def __getstate__(self):
+        return {"key": 1}
+
+
+class SlowToPickle:
+    def __reduce__(self):
+        time.sleep(0.3)
+        return abs, (-1,)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", [SlowToUnpickle, SlowToPickle])
+def test_other_tasks_and_results_that_travel_do_not_count_to_the_timeout(
+    processes, kind
+):
+    kind = by_value(kind)
+    if kind.__name__ == "SlowToPickle":
+        function, tasks = (lambda task: kind()), [1] * 20
+    else:
+        function, tasks = (lambda task: 1), [kind() for _ in range(20)]
+    results = processes(function, tasks, timeout=1, batch_size=10)
+    assert list(results) == [1] * 20
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_no_result_is_lost_by_signs_of_life_that_take_long(backend):
+    # Each sign carries so much that tasks are done while it is on its way.
+    function = lambda task: (__import__("time").sleep(0.002), b"x" * 500_000)[1]
+    results = Joblib.setup(
+        function, range(300), 1, backend=backend, timeout=1, batch_size=300
+    )
+    assert sum(1 for _ in results) == 300
+
+
+@pytest.mark.once
+def test_who_takes_too_long_is_killed_with_all_that_it_has_started(processes, tmp_path):
+    source = f"""
+import os, pathlib, subprocess
+program = subprocess.Popen(["sleep", "3600"])
+apart = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+for pid in (program.pid, os.getpid()):
+    pathlib.Path({str(tmp_path)!r}, str(pid)).touch()
+apart.kill()
+apart.wait()
+program.wait()
+"""
+    hangs = f"exec({source!r}, {{}})"
+    results = processes(
+        run, [value(0), hangs], timeout=2, batch_size=1, errors="return"
+    )
+    received = list(results)
+    (error,) = [item.error for item in received if isinstance(item, FailedTask)]
+    assert "Task 1 (counted from 0)" in str(error)
+    pids = pids_in(tmp_path)
+    assert len(pids) == 2
+    wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def timed_out():
+    results = Joblib.setup(
+        run, [slow(3600)], 2, backend="multiprocessing", timeout=0.2, errors="return"
+    )
+    return next(results).error
+
+
+def test_a_time_out_is_shown_by_the_name_that_everybody_knows():
+    error = timed_out()
+    assert isinstance(error, TimeoutError)
+    assert isinstance(error, multiprocessing.TimeoutError)
+    (line,) = traceback.format_exception_only(type(error), error)
+    assert line.startswith("TimeoutError: a task has taken longer than the timeout of")
+    assert repr(error).startswith("TimeoutError(")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("outer", PROCESSES)
+def test_a_time_out_of_a_nested_run_comes_home(program, outer):
+    source = """
+        import multiprocessing, pickle, sys, time
+        from yourpackage.distributed import Joblib
+
+        def inner(backend):
+            if multiprocessing.current_process().name == "MainProcess":
+                raise AssertionError
+            return list(
+                Joblib.setup(time.sleep, [3600], 2, backend=backend, timeout=0.3)
+            )
+
+        if __name__ == "__main__":
+            outer, nested = sys.argv[1:]
+            try:
+                list(Joblib.setup(inner, [nested], 2, backend=outer))
+            except TimeoutError as error:
+                error = pickle.loads(pickle.dumps(error))
+                print(
+                    type(error).__name__,
+                    isinstance(error, multiprocessing.TimeoutError),
+                    "timeout of 0.3 seconds" in str(error),
+                )
+    """
+    assert output_of(program(source, outer, "loky")) == "TimeoutError True True\n"
+
+
+@pytest.mark.once
+def test_a_worker_that_is_not_ready_in_time_is_an_error(processes, monkeypatch, capfd):
+    Joblib.shutdown()
+    monkeypatch.setattr(distributed, "_START_PATIENCE", 1)
+    options = {"initializer": time.sleep, "initargs": (3600,)}
+    results = processes(abs, range(9), timeout=0.1, errors="return", **options)
+    received, error = collect(results, TimeoutError)
+    assert received == []
+    assert "a worker was not ready after 1 seconds" in str(error)
+    wait_until(lambda: not multiprocessing.active_children())
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+def test_a_timeout_that_is_longer_than_the_patience_is_that_of_starts(
+    processes, monkeypatch
+):
+    monkeypatch.setattr(distributed, "_START_PATIENCE", 0.1)
+    options = {"initializer": time.sleep, "initargs": (1,)}
+    assert sorted(processes(abs, range(9), timeout=60, **options)) == list(range(9))
+
+
+@pytest.mark.once
+def test_threads_keep_the_timeout_as_the_wait_for_anything(tmp_path):
+    tasks = [value(0), await_path(tmp_path / "go")]
+    options = {"errors": "return", "timeout": 1, "batch_size": 1}
+    results = Joblib.setup(run, tasks, 2, backend="threading", **options)
+    received, error = collect(results, TimeoutError)
+    (tmp_path / "go").touch()
+    assert received == [0]
+    assert "no task has completed within the timeout of 1 seconds" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------
+# Workers that are replaced; one worker; maxtasksperchild
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("backend", "count"), [("multiprocessing", 200), ("loky", 20)])
+def test_deaths_leave_nothing(backend, count, tmp_path):
+    Joblib.shutdown()
+    prepare = "import os; os.environ['PREPARED'] = 'yes'"
+    options = {"initializer": exec, "initargs": (prepare,), "errors": "return"}
+    sees = "__import__('os').environ['PREPARED']"
+    tasks = [sees if n % 10 else KILL for n in range(count)]
+    setup = functools.partial(
+        Joblib.setup, run, backend=backend, batch_size=1, **options
+    )
+    list(setup([sees, KILL, sees], 2))  # starts what stays
+    Joblib.shutdown()
+    gc.collect()
+    threads, files = set(threading.enumerate()), descriptors()
+    results = list(setup(tasks, 2))
+    failed, others = numbers_of(results)
+    assert sorted(failed) == list(range(0, count, 10))
+    assert others == ["yes"] * (count - len(failed))
+    del results
+    Joblib.shutdown()
+    gc.collect()
+    wait_until(lambda: set(threading.enumerate()) <= threads)
+    assert not multiprocessing.active_children()
+    wait_until(lambda: descriptors() <= files)
+
+
+@pytest.mark.once
+def test_there_are_as_many_workers_after_deaths_as_before(processes, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    meet = [f"({touch(one)}, {await_path(two)})", f"({touch(two)}, {await_path(one)})"]
+    tasks = [KILL] * 4 + meet + [KILL]
+    results = list(processes(run, tasks, errors="return", batch_size=1))
+    assert sorted(numbers_of(results)[0]) == [0, 1, 2, 3, 6]
+
+
+def test_a_new_worker_has_the_function_and_its_arrays(processes, tmp_path):
+    data = numpy.arange(300_000)
+
+    def function(task):
+        if task == 3:
+            os.kill(os.getpid(), 9)
+        return int(data[task]), os.getpid()
+
+    results = processes(
+        function, range(30), errors="return", batch_size=1, temp_folder=str(tmp_path)
+    )
+    failed, others = numbers_of(list(results))
+    assert failed == [3]
+    assert sorted(task for task, _ in others) == [*range(3), *range(4, 30)]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.once
+def test_deaths_are_silent_though_warnings_are_errors(program):
+    source = """
+        import os, sys
+        from yourpackage.distributed import FailedTask, Joblib
+
+        def work(task):
+            if task % 5 == 3:
+                os.kill(os.getpid(), 9)
+            return task
+
+        if __name__ == "__main__":
+            for backend in "loky", "multiprocessing":
+                for options in {"errors": "return"}, {"maxtasksperchild": 1}:
+                    step = 5 if "maxtasksperchild" in options else 1
+                    tasks = range(0, 20 * step, step)
+                    results = list(
+                        Joblib.setup(work, tasks, 2, backend=backend, **options)
+                    )
+                    print(len(results))
+    """
+    assert output_of(program(source)) == "20\n" * 4
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "options", [{"timeout": 60}, {"errors": "return"}, {"maxtasksperchild": 50}]
+)
+def test_one_worker_is_a_process_where_that_is_asked_for(processes, options):
+    pids = set(processes(run, [PID] * 5, num_workers=1, **options))
+    assert len(pids) == 1
+    assert os.getpid() not in pids
+
+
+@pytest.mark.once
+def test_one_worker_survives_its_tasks(processes):
+    tasks = [value(0), KILL, value(2), slow(3600), value(4), EXIT_IN_PEACE, value(6)]
+    options = {"errors": "return", "timeout": 1, "return_as": "generator"}
+    results = list(processes(run, tasks, num_workers=1, batch_size=1, **options))
+    assert numbers_of(results) == ([1, 3, 5], [0, 2, 4, 6])
+    assert [type(result) for result in results] == [int, FailedTask] * 3 + [int]
+    assert type(results[3].error).__name__ == "TimeoutError"
+
+
+def test_a_machine_of_one_core_uses_a_process_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert os.getpid() not in set(Joblib.setup(run, [PID] * 3, errors="return"))
+    assert set(Joblib.setup(run, [PID] * 3)) == {os.getpid()}
+
+
+@pytest.mark.parametrize("backend", ["threading", "sequential"])
+def test_one_thread_is_this_one_and_returns_errors(backend):
+    tasks = [PID, "1 / 0", PID, exiting("StopIteration(3)"), PID]
+    options = {"errors": "return", "return_as": "generator"}
+    results = list(Joblib.setup(run, tasks, 1, backend=backend, **options))
+    failed, pids = numbers_of(results)
+    assert (failed, set(pids)) == ([1, 3], {os.getpid()})
+    assert results[1].task is tasks[1]
+    assert type(results[3].error.__cause__) is StopIteration
+    assert type(results[3].error) is RuntimeError
+    if HAS_NOTES:
+        assert results[1].error.__notes__ == ["Task 1 (counted from 0): '1 / 0'"]
+
+
+@pytest.mark.parametrize("error", ["SystemExit(5)", "KeyboardInterrupt()"])
+def test_one_thread_leaves_what_ends_the_program_to_it(error):
+    tasks = [value(0), raising(error), value(2)]
+    results = Joblib.setup(run, tasks, 1, backend="threading", errors="return")
+    received, raised = collect(results, SystemExit, KeyboardInterrupt)
+    assert received == [0]
+    assert type(raised).__name__ == error.partition("(")[0]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("batch_size", [1, 7, "auto"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_worker_does_more_tasks_than_it_may(processes, batch_size, workers):
+    options = {"maxtasksperchild": 3, "batch_size": batch_size, "num_workers": workers}
+    pids = Counter(processes(run, [PID] * 20, **options))
+    assert sum(pids.values()) == 20
+    assert max(pids.values()) <= 3
+    assert os.getpid() not in pids
+
+
+@pytest.mark.once
+def test_batches_are_not_larger_than_what_a_worker_may_do():
+    CountingLoky.submitted.clear()
+    results = Joblib.setup(
+        abs, range(300), 2, backend=CountingLoky(), maxtasksperchild=100
+    )
+    assert sum(results) == sum(range(300))
+    assert max(CountingLoky.submitted) <= 100
+
+
+@pytest.mark.once
+def test_a_worker_that_has_done_its_tasks_leaves_in_peace(processes, tmp_path):
+    source = f"""
+import atexit, os, pathlib
+path = pathlib.Path({str(tmp_path)!r}, str(os.getpid()))
+atexit.register(path.touch)
+"""
+    options = {"initializer": exec, "initargs": (source,), "batch_size": 1}
+    pids = set(processes(run, [PID] * 9, maxtasksperchild=2, **options))
+    assert len(pids) >= 5
+    Joblib.shutdown()
+    if processes.keywords["backend"] == "loky":
+        assert pids <= set(pids_in(tmp_path))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("death", [KILL, slow(3600)])
+def test_a_worker_that_dies_at_its_last_task_is_replaced(processes, death):
+    tasks = [death if number % 5 == 4 else value(number) for number in range(15)]
+    options = {"errors": "return", "timeout": 2, "num_workers": 1, "batch_size": 1}
+    results = list(processes(run, tasks, maxtasksperchild=5, **options))
+    failed, others = numbers_of(results)
+    assert sorted(failed) == [4, 9, 14]
+    assert sorted(others) == [n for n in range(15) if n % 5 != 4]
+
+
+@pytest.mark.once
+def test_a_worker_that_is_kept_counts_its_tasks_of_all_runs():
+    options = {"maxtasksperchild": 4, "batch_size": 1}
+    pids = Counter()
+    for _ in range(6):
+        pids.update(Joblib.setup(run, [PID] * 3, 2, **options))
+    assert max(pids.values()) <= 4
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True])
+def test_maxtasksperchild_must_be_a_number_of_tasks(value):
+    with pytest.raises(ValueError, match="^maxtasksperchild must be ") as caught:
+        Joblib.setup(abs, [1], 2, maxtasksperchild=value)
+    assert repr(value) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Ends of programs: nothing is left
+
+
+# loky, and each way in which multiprocessing starts a process.
+METHODS = ["loky", *multiprocessing.get_all_start_methods()]
+
+
+# How a program begins: its first argument is one of these.
+BEGIN = """
+import ctypes, itertools, multiprocessing, os, signal, subprocess, sys, threading
+import atexit, gc, pathlib, random, time, warnings
+from yourpackage.distributed import Joblib, _open_runs
+
+backend = "loky"
+if sys.argv[1:] and sys.argv[1] != "loky":
+    backend = "multiprocessing"
+    if __name__ == "__main__":
+        multiprocessing.set_start_method(sys.argv[1])
+"""
+
+
+@pytest.fixture(params=METHODS)
+def begun(program, request):
+    """Like `program`, on loky or on one of the start methods of multiprocessing."""
+
+    def start(source, *arguments, **options):
+        source = BEGIN + textwrap.dedent(source)
+        return program(source, request.param, *arguments, **options)
+
+    start.method = request.param
+    return start
+
+
+def is_running(pid):
+    """Tell whether a process goes on; one that nobody has waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def running(seconds, begin=".*"):
+    """Return the ids of the processes whose command is to sleep for *seconds*.
+
+    Those of a shell or of `timeout` count, unless the command is to *begin* with that.
+    """
+    command = f"{begin}sleep[\\0 ]{seconds}".encode()
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found = re.match(command, path.read_bytes(), re.DOTALL)
+            if found and is_running(path.parent.name):
+                pids.append(int(path.parent.name))
+    return pids
+
+
+def sleeping(seconds):
+    return running(seconds, begin="")
+
+
+@pytest.fixture
+def seconds():
+    """How long a `sleep` is to take, by which it is told from all others."""
+    seconds = f"{3600 + random.random():.9f}"
+    yield seconds
+    for pid in running(seconds):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def fresh():
+    """Let no worker be idle that another test has left, and leave none."""
+    Joblib.shutdown()
+    yield
+    Joblib.shutdown()
+
+
+def meet(folder, here, there):
+    """An expression for the worker's id, when one for *there* has begun as well."""
+    return f"({touch(folder / here)}, {await_path(folder / there)}, {PID})[2]"
+
+
+def meeting(folder, name):
+    """Two tasks that each need a worker, and return its id."""
+    folder = Path(folder, name)
+    folder.mkdir()
+    return [meet(folder, "one", "two"), meet(folder, "two", "one")]
+
+
+ENDED = """
+import numpy
+
+def work(task):
+    number, array = task
+    assert array.filename  # it lies in a file
+    print(os.getpid(), flush=True)
+    if sys.argv[2] == "busy":
+        subprocess.run([*sys.argv[4:-1], "sleep", sys.argv[-1]])
+
+if __name__ == "__main__":
+    tasks = [(number, numpy.zeros(300_000)) for number in range(2)]
+    results = Joblib.setup(work, tasks, 2, backend=backend, batch_size=1)
+    next(results)
+    next(results)  # which does not end the run: its workers are idle
+    print("idle", flush=True)
+    sys.stdin.readline()
+    if sys.argv[3] == "crash":
+        ctypes.string_at(0)
+    os._exit(3)
+"""
+
+
+def end_program(process, way):
+    """End a program that `ENDED` is the source of."""
+    if way in ("crash", "_exit"):
+        process.stdin.write("\n")
+        process.stdin.flush()
+    else:
+        process.send_signal(way)
+    return process.wait()
+
+
+def has_files(pid):
+    return any(Path("/dev/shm").glob(f"*_{pid}_*"))
+
+
+# The ways matter to Linux alone, so that not all start methods need to be tried with each.
+WAYS = [("loky", getattr(signal, name)) for name in ("SIGTERM", "SIGHUP", "SIGSEGV")]
+WAYS += [(method, signal.SIGKILL) for method in METHODS]
+
+
+def check_that_nothing_is_left(process, way, pids, seconds):
+    assert has_files(process.pid)
+    status = end_program(process, way)
+    expected = {"_exit": 3, "crash": -signal.SIGSEGV}
+    assert status == (expected[way] if isinstance(way, str) else -way)
+    wait_until(lambda: not any(map(is_running, pids)))
+    wait_until(lambda: not running(seconds))
+    wait_until(lambda: not has_files(process.pid))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("begun", "way"), WAYS, indirect=["begun"])
+def test_busy_workers_and_their_programs_end_with_a_program_that_is_killed(
+    begun, way, seconds
+):
+    process = begun(ENDED, "busy", "", seconds)
+    pids = {int(process.stdout.readline()) for _ in range(2)}
+    wait_until(lambda: len(sleeping(seconds)) == 2)
+    check_that_nothing_is_left(process, way, pids, seconds)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("begun", "way"),
+    [("loky", signal.SIGKILL), ("fork", "crash"), ("loky", "_exit")],
+    indirect=["begun"],
+)
+def test_idle_workers_end_with_a_program_that_ends_in_any_way(begun, way, seconds):
+    process = begun(ENDED, "idle", way, seconds)
+    lines = [process.stdout.readline() for _ in range(3)]
+    assert lines.pop() == "idle\n"
+    check_that_nothing_is_left(process, way, set(map(int, lines)), seconds)
+
+
+def shell(*command):
+    """An expression that runs a command, and waits for it."""
+    return f"__import__('subprocess').run({command!r}).returncode"
+
+
+def popen(*command, **options):
+    """An expression that starts a command, and forgets about it."""
+    started = f"__import__('subprocess').Popen({command!r}, **{options!r})"
+    return f"vars(__import__('builtins')).setdefault('kept', []).append({started})"
+
+
+STARTED = {
+    "an orphan": lambda s: shell("sh", "-c", f"sleep {s} & exit 0"),
+    "by timeout": lambda s: shell("sh", "-c", f"timeout 999 sleep {s} & exit 0"),
+    "in a group of its own": lambda s: (
+        popen("sleep", s, preexec_fn=None)
+        if sys.version_info < (3, 11)
+        else popen("sleep", s, process_group=0)
+    ),
+    "that ignores signals": lambda s: shell(
+        "sh", "-c", f"trap '' INT TERM HUP; sleep {s} & exit 0"
+    ),
+}
+
+
+started = pytest.mark.parametrize("make", STARTED.values(), ids=STARTED)
+
+
+@pytest.mark.once
+@started
+def test_what_tasks_have_started_ends_with_a_run_that_is_left(
+    processes, make, seconds, tmp_path
+):
+    tasks = [make(seconds), *[block(tmp_path)] * 3]
+    results = processes(eval, tasks, batch_size=1)
+    next(results)
+    wait_until(lambda: sleeping(seconds) and len(pids_in(tmp_path)) == 2)
+    results.close()
+    assert not any(map(is_running, pids_in(tmp_path)))
+    assert running(seconds) == []
+
+
+@pytest.mark.once
+@started
+def test_what_tasks_have_started_ends_with_idle_workers(
+    processes, make, seconds, fresh
+):
+    assert len(list(processes(eval, [make(seconds)]))) == 1
+    Joblib.shutdown()
+    assert running(seconds) == []
+
+
+@pytest.mark.once
+@started
+def test_what_a_dead_worker_has_started_ends_with_it(
+    processes, make, seconds, tmp_path
+):
+    go = tmp_path / "go"
+    results = processes(eval, [f"({make(seconds)}, {await_path(go)}, {KILL})"])
+    with ThreadPoolExecutor(1) as thread:
+        error = thread.submit(collect, results, BrokenExecutor)
+        wait_until(lambda: sleeping(seconds))
+        go.touch()
+        assert error.result()[1] is not None
+    assert running(seconds) == []
+
+
+@pytest.mark.once
+def test_what_makes_a_session_of_its_own_goes_on(processes, seconds, tmp_path):
+    daemon = popen("sleep", seconds, start_new_session=True)
+    results = processes(eval, [daemon, *[block(tmp_path)] * 3], batch_size=1)
+    next(results)
+    wait_until(lambda: sleeping(seconds))
+    (sleeper,) = sleeping(seconds)
+    assert os.getsid(sleeper) == sleeper
+    wait_until(lambda: len(pids_in(tmp_path)) == 2)
+    results.close()
+    assert not any(map(is_running, pids_in(tmp_path)))
+    assert sleeping(seconds) == [sleeper]
+
+
+@pytest.mark.once
+def test_tasks_read_an_empty_standard_input(begun):
+    source = """
+        def read(task):
+            child = subprocess.run(["cat"], stdout=subprocess.PIPE).stdout
+            return os.read(0, 9), sys.stdin.read(), child
+
+        if __name__ == "__main__":
+            print(*set(Joblib.setup(read, range(4), 2, backend=backend)))
+            print(sys.stdin.readline())
+    """
+    process = begun(source)  # whose own standard input stays open
+    assert process.stdout.readline() == "(b'', '', b'')\n"
+    process.stdin.write("for the program")
+    assert output_of(process) == "for the program\n"
+
+
+LEAVES_THREADS = """
+def leave_thread(task):
+    threading.Thread(target=threading.Event().wait).start()
+    if task == 0:
+        return os.getpid()
+    threading.Event().wait()
+
+if __name__ == "__main__":
+    many = [0] * 4 if sys.argv[2] != "close" else itertools.chain([0], [1] * 9)
+    results = Joblib.setup(leave_thread, many, 2, backend=backend, batch_size=1)
+    if sys.argv[2] in ("close", "open"):
+        pids = {next(results)}
+    else:
+        pids = set(results)
+    if sys.argv[2] == "close":
+        results.close()
+    if sys.argv[2] == "shutdown":
+        Joblib.shutdown()
+        for pid in pids:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                continue
+            print(pid, "is left")
+    print("ended", *pids)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("way", ["shutdown", "exit", "close", "open"])
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_a_thread_that_a_task_leaves_keeps_nothing_waiting(begun, way):
+    ended, *pids = output_of(begun(LEAVES_THREADS, way)).split()
+    assert ended == "ended"
+    assert not any(is_running(pid) for pid in pids)
+
+
+HOOKS = """
+def work(task):
+    path = pathlib.Path(sys.argv[3], str(os.getpid()))
+    atexit.register(path.touch)
+    return os.getpid()
+
+if __name__ == "__main__":
+    pids = set(Joblib.setup(work, range(8), 2, backend=backend, batch_size=1))
+    if sys.argv[2] == "shutdown":
+        Joblib.shutdown()
+        assert {int(name) for name in os.listdir(sys.argv[3])} == pids
+    print(*sorted(pids))
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("way", ["shutdown"])
+def test_a_pool_that_is_stopped_in_peace_runs_the_hooks_of_its_workers(
+    begun, way, tmp_path
+):
+    if begun.method in ("fork", "forkserver") and sys.version_info < (3, 13):
+        pytest.skip("Python has its forks run no hooks")
+    (tmp_path / "hooks").mkdir()
+    output = output_of(begun(HOOKS, way, tmp_path / "hooks"))
+    assert output.split() == sorted(map(str, pids_in(tmp_path / "hooks")))
+
+
+# ------------------------------------------------------------------------------------------------
+# Programs that live for days
+
+
+class Watched:
+    """Leaves a file named like its process when it is let go there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.itself = self  # for the garbage collector alone
+
+    def __del__(self):
+        with open(os.path.join(self.folder, str(os.getpid())), "w"):
+            pass
+
+    def work(self, task):
+        return eval(task)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("end", ["exhausted", "an error", "errors returned"])
+def test_an_idle_worker_keeps_no_function(fresh, tmp_path, end):
+    (tmp_path / "gone").mkdir()
+    watched = by_value(Watched)(str(tmp_path / "gone"))
+    tasks = meeting(tmp_path, "before")
+    errors = "return" if end == "errors returned" else "raise"
+    if end != "exhausted":
+        tasks.append(raising("KeyError()"))
+    options = {"batch_size": 1, "errors": errors, "return_as": "generator"}
+    results = Joblib.setup(watched.work, tasks, 2, **options)
+    received, error = collect(results, KeyError)
+    pids = {item for item in received if isinstance(item, int)}
+    assert len(pids) == 2
+    assert (error is not None) == (end == "an error")
+    wait_until(lambda: set(pids_in(tmp_path / "gone")) == pids)
+    assert all(map(is_running, pids))
+    assert set(Joblib.setup(eval, meeting(tmp_path, "after"), 2)) == pids
+    del watched
+    gc.collect()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("place", "mask"), [("default", 0o000), ("given", 0o022), ("new", 0o000)]
+)
+def test_the_folder_of_a_run_is_the_users_alone(processes, tmp_path, place, mask):
+    folder = {"default": None, "given": tmp_path, "new": tmp_path / "a" / "b"}[place]
+    before = os.umask(mask)
+    try:
+        array = numpy.zeros(300_000)
+        name = operator.attrgetter("filename")
+        results = processes(name, [array] * 3, temp_folder=folder, batch_size=1)
+        file = Path(next(results))
+        assert file.is_relative_to(folder or "/")
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.parent.stat().st_mode & 0o777 == 0o700
+        results.close()
+        assert not file.parent.exists()
+    finally:
+        os.umask(before)
+
+
+SLOW = """
+import os, time
+try:
+    os.close(os.open({first!r}, os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    while not os.path.exists({go!r}):
+        time.sleep(0.01)
+"""
+
+
+def workers_now():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_short_run_does_not_wait_for_a_worker_that_starts_slowly(
+    processes, tmp_path, fresh, count
+):
+    go = tmp_path / "go"
+    code = SLOW.format(first=str(tmp_path / "first"), go=str(go))
+    options = {"initializer": exec, "initargs": (code,), "batch_size": 1}
+    before = workers_now()
+    first = set(processes(eval, [PID] * count, **options))
+    assert len(first) == 1
+    assert not go.exists()
+    waiting = workers_now() - before
+    if processes.keywords["backend"] == "multiprocessing":  # which keeps none
+        assert waiting == set()
+        return
+    assert first <= waiting
+    go.touch()
+    second = set(processes(eval, meeting(tmp_path, "after"), **options))
+    assert len(second) == 2
+    assert waiting <= second
+
+
+READER = """
+def read():
+    results = Joblib.setup(abs, iter(range(200)), 2, backend=backend, batch_size=1)
+    received = [next(results)]
+    first.set()
+    threading.main_thread().join()
+    assert not threading.main_thread().is_alive()
+    received.extend(results)
+    print(sorted(received) == list(range(200)), flush=True)
+
+if __name__ == "__main__":
+    first = threading.Event()
+    threading.Thread(target=read).start()
+    first.wait()
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_a_reader_goes_on_when_the_main_thread_has_ended(begun):
+    # Python warns of forks beside threads, such as the reader.
+    process = begun(READER, warnings="ignore")
+    assert output_of(process) == "True\n"
+
+
+def one_worker(*arguments, **options):
+    return Joblib.setup(*arguments, num_workers=1, **options)
+
+
+def sequential(*arguments, **options):
+    return Joblib.setup(*arguments, backend="sequential", **options)
+
+
+@pytest.mark.parametrize(
+    ("engine", "errors"),
+    [
+        (SingleProcess.setup, "raise"),
+        (one_worker, "raise"),  # with "return", it is another process
+        (sequential, "raise"),
+        (sequential, "return"),
+    ],
+)
+def test_neither_task_nor_result_is_held_while_the_next_is_computed(engine, errors):
+    tasks, results, counts = weakref.WeakSet(), weakref.WeakSet(), []
+
+    def made(kept):
+        item = Task()
+        kept.add(item)
+        return item
+
+    def function(task):
+        counts.append((len(tasks), len(results)))
+        return made(results)
+
+    drawn = (made(tasks) for _ in range(9))
+    collections.deque(engine(function, drawn, errors=errors), maxlen=0)
+    assert counts == [(1, 0)] * 9
+
+
+class Knowing:
+    """A function that refers to its own run."""
+
+    def __init__(self, setup, tasks):
+        self.results = setup(self.work, tasks)
+
+    def work(self, task):
+        return eval(task)
+
+    def __getstate__(self):
+        return {}  # a generator cannot be sent
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_run_that_its_function_refers_to_is_collected(name, request, tmp_path):
+    ended = threading.Event()
+
+    def tasks():
+        try:
+            yield from map(value, itertools.count())
+        finally:
+            ended.set()
+
+    kind = Knowing if name == "threading" else by_value(Knowing)
+    knowing = kind(start(request, name), tasks())
+    next(knowing.results)
+    reference = weakref.ref(knowing)
+    del knowing
+    # Threads hold the function for as long as they are busy with it.
+    wait_until(lambda: gc.collect() >= 0 and reference() is None)
+    wait_until(ended.is_set)
+    wait_until(lambda: not distributed._open_runs)
+
+
+def test_reducers_of_the_user_are_not_changed(processes):
+    empty, own = {}, {Task: lambda task: (int, ("7",))}
+    backward = {}
+    options = {"max_nbytes": 10, "backward_reducers": backward}
+    arrays = [numpy.zeros(99)] * 3
+    list(processes(numpy.sum, arrays, forward_reducers=empty, **options))
+    assert empty == backward == {}
+    results = processes(str, [Task()] * 3, forward_reducers=own, **options)
+    assert list(results) == ["7"] * 3
+    assert list(own) == [Task]
+    assert backward == {}
+
+
+@pytest.mark.once
+def test_idle_workers_are_stopped_when_their_time_is_over(fresh, tmp_path):
+    options = {"num_workers": 2, "batch_size": 1, "idle_worker_timeout": 0.2}
+    pids = set(Joblib.setup(eval, meeting(tmp_path, "first"), **options))
+    wait_until(lambda: not any(map(is_alive, pids)))
+    assert pids.isdisjoint(workers_now())
+    again = set(Joblib.setup(eval, meeting(tmp_path, "second"), **options))
+    assert len(again) == 2
+    assert again.isdisjoint(pids)
+    wait_until(lambda: not any(map(is_alive, again)))
+
+
+@pytest.mark.once
+def test_workers_that_serve_again_in_time_are_not_stopped(fresh, tmp_path):
+    options = {"num_workers": 2, "batch_size": 1, "idle_worker_timeout": 0.2}
+    pids = set(Joblib.setup(eval, meeting(tmp_path, "first"), **options))
+    if pids <= workers_now():  # else it has taken too long here
+        results = Joblib.setup(eval, meeting(tmp_path, "second"), **options)
+        second = {next(results)}
+        # Another pool comes and goes in the meantime.
+        other = functools.partial(Joblib.setup, initializer=exec, initargs=("",))
+        others = set(other(eval, meeting(tmp_path, "others"), **options))
+        wait_until(lambda: not any(map(is_alive, others)))
+        second |= set(results)
+        assert len(second) == 2
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_while_idle_is_replaced(fresh, tmp_path, number):
+    setup = functools.partial(Joblib.setup, eval, num_workers=2, batch_size=1)
+    pids = set(setup(meeting(tmp_path, "first")))
+    killed = min(pids)
+    os.kill(killed, number)
+    wait_until(lambda: killed not in workers_now())
+    again = set(setup(meeting(tmp_path, "second")))
+    assert len(again) == 2
+    assert again & pids == pids - {killed}
+
+
+@pytest.mark.once
+def test_workers_that_are_killed_leave_no_descriptor(processes, tmp_path, fresh):
+    def go(number):
+        before, after = (meeting(tmp_path, f"{number}{part}") for part in "ab")
+        tasks = [*before, KILL, *after]
+        results = processes(eval, tasks, batch_size=1, errors="return")
+        pids = [item for item in results if isinstance(item, int)]
+        assert len(pids) == 4
+        assert collect(processes(eval, [KILL]), BrokenExecutor)[1] is not None
+        left = processes(eval, [value(1), *[block(tmp_path / f"{number}a")] * 9])
+        next(left)
+        left.close()
+        Joblib.shutdown()
+
+    def count():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    go(0)  # which starts what stays
+    before, threads = count(), threading.active_count()
+    for number in range(1, 6):
+        go(number)
+    wait_until(lambda: threading.active_count() <= threads)
+    assert count() <= before
+
+
+INTERRUPTED_START = """
+import select
+
+def interrupt(delay):
+    select.select([], [], [], delay)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def workers():
+    # Each leads a session; so does this program, and no helper of Python does.
+    multiprocessing.active_children()  # waits for those that have ended
+    parents, sessions = {}, {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(name)], sessions[int(name)] = int(fields[1]), int(fields[3])
+    servers = {pid for pid, parent in parents.items() if parent == os.getpid()}
+    ours = {pid for pid, parent in parents.items() if parent in servers} | servers
+    return [pid for pid in ours if sessions[pid] != os.getsid(0)]
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+    count, seed, longest = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    chance = random.Random(seed)
+    for _ in range(count):
+        delay = chance.uniform(0.002, longest)
+        thread = threading.Thread(target=interrupt, args=(delay,))
+        try:
+            thread.start()
+            list(Joblib.setup(abs, range(9), 2, backend=backend, batch_size=1))
+            thread.join()
+            time.sleep(1)  # Python drops an interrupt that comes in a hook of a fork
+        except KeyboardInterrupt:
+            pass
+        thread.join()
+        if chance.random() < 0.5:
+            Joblib.shutdown()  # so that the next run starts a pool
+    assert sum(Joblib.setup(abs, range(9), 2, backend=backend)) == 36
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    Joblib.shutdown()
+    while _open_runs:
+        time.sleep(0.01)
+    while workers():
+        time.sleep(0.01)
+    print("done, blocked:", blocked)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_interrupts_at_every_moment_of_the_start_of_a_pool(begun):
+    count, longest = (40, 0.03) if begun.method == "fork" else (12, 0.5)
+    output = output_of(begun(INTERRUPTED_START, count, 1, longest))
+    assert output == "done, blocked: False\n"
+
+
+# An interrupt of which another thread takes the signal is not kept from the main thread
+# by its mask: `interrupt_main` is what happens then.
+INTERRUPTED_THERE = """
+import _thread, multiprocessing.process
+
+def interrupting(function, when, is_meant):
+    calls = itertools.count(1)
+
+    def call(*arguments):
+        meant = is_meant(*arguments) and next(calls) == 2
+        if meant and when == "before":
+            _thread.interrupt_main()
+        function(*arguments)
+        if meant and when == "after":
+            _thread.interrupt_main()
+
+    return call
+
+if __name__ == "__main__":
+    kind, when = sys.argv[2:]
+    if kind == "process":
+        owner, is_meant = multiprocessing.process.BaseProcess, lambda process: True
+    else:
+        owner = threading.Thread
+        is_meant = lambda thread: getattr(thread._target, "__name__", "") == "_attend"
+    start, owner.start = owner.start, interrupting(owner.start, when, is_meant)
+    try:
+        list(Joblib.setup(abs, range(9), 2, backend=backend, batch_size=1))
+    except KeyboardInterrupt:
+        print("interrupted")
+    owner.start = start
+    while _open_runs:
+        time.sleep(0.01)
+    Joblib.shutdown()
+    print(len(multiprocessing.active_children()), "left")
+"""
+
+
+@pytest.mark.once
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["process", "thread"])
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_an_interrupt_at_a_moment_of_the_start_of_a_pool(begun, kind, when):
+    if kind == "process" and begun.method != "fork":
+        pytest.skip("its processes are started in threads, which are not interrupted")
+    output = output_of(begun(INTERRUPTED_THERE, kind, when, warnings="ignore"))
+    assert output == "interrupted\n0 left\n"
+
+
+NESTED = """
+    import itertools, multiprocessing, os, sys
+    from yourpackage.distributed import FailedTask, Joblib
+
+    def dies(task):
+        if task == 1:
+            os.kill(os.getpid(), 9)
+        return task
+
+    def run(backend, way):
+        setup = __import__("functools").partial(Joblib.setup, backend=backend)
+        if way == "read":
+            return sum(setup(abs, range(9), 2))
+        if way == "left":
+            for _ in setup(abs, itertools.count(), 2, batch_size=1):
+                break
+            return len(multiprocessing.active_children())
+        return len(list(setup(dies, range(9), 2, errors="return", batch_size=1)))
+
+    def inner(arguments):
+        return run(*arguments)
+
+    if __name__ == "__main__":
+        multiprocessing.set_start_method("fork", force=True)
+        outer, nested, way = sys.argv[1:]
+        print(*Joblib.setup(inner, [(nested, way)], 2, backend=outer))
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("way", "expected"), [("read", 36), ("left", 0), ("dies", 9)])
+@pytest.mark.parametrize("inner", PROCESSES)
+@pytest.mark.parametrize("outer", PROCESSES)
+def test_a_run_of_processes_in_a_task_of_another(program, outer, inner, way, expected):
+    assert output_of(program(NESTED, outer, inner, way)) == f"{expected}\n"
+
+
+FORKS_IN_A_THREAD = """
+def work(task):
+    statuses = []
+
+    def start():
+        done = subprocess.run(["true"], preexec_fn=os.getpid)
+        statuses.append(done.returncode)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    return statuses
+
+if __name__ == "__main__":
+    print(*Joblib.setup(work, range(2), 2, backend=backend))
+"""
+
+
+@pytest.mark.once
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_a_thread_of_a_task_can_fork(begun):
+    assert output_of(begun(FORKS_IN_A_THREAD, warnings="ignore")) == "[0] [0]\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# What travels: errors of pickling, tracebacks, folders, read-only arrays
+
+
+FAULTY = {
+    "a task that cannot be pickled": threading.Lock(),
+    "a task that cannot be unpickled": eval(BAD_RESULT),
+    "a result that cannot be pickled": LOCK,
+    "a result that cannot be unpickled": BAD_RESULT,
+}
+
+
+faulty = pytest.mark.parametrize("bad", FAULTY.values(), ids=FAULTY)
+
+
+@pytest.mark.once
+@faulty
+def test_what_cannot_be_sent_costs_nothing_before_it_and_names_its_task(processes, bad):
+    tasks = [value(0), value(1), bad, value(3)]
+    results = processes(eval, tasks, batch_size=4, return_as="generator")
+    received, error = collect(results, Exception)
+    assert received == [0, 1]
+    assert re.search("(?i)pickle", f"{type(error)} {error}")
+    if HAS_NOTES:
+        assert error.__notes__[0].startswith("Task 2 (counted from 0): ")
+    assert sorted(processes(abs, [-1, -2])) == [1, 2]
+
+
+@pytest.mark.once
+@faulty
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
+def test_what_cannot_be_sent_costs_no_worker_and_no_other_result(
+    processes, bad, tmp_path, return_as
+):
+    first, second = meeting(tmp_path, "before")
+    third, fourth = meeting(tmp_path, "after")
+    tasks = [first, bad, value(1), second, bad, value(1)]
+    tasks += [third, value(1), bad, fourth, value(1), bad]
+    # Those that meet are out together, and nothing else.
+    options = {"batch_size": 3, "pre_dispatch": 2, "errors": "return"}
+    options["return_as"] = return_as
+    results = list(processes(eval, tasks, **options))
+    failed = {r.number for r in results if isinstance(r, distributed.FailedTask)}
+    assert failed == {1, 4, 8, 11}
+    assert results.count(1) == 4
+    pids = Counter(r for r in results if isinstance(r, int) and r != 1)
+    assert list(pids.values()) == [2, 2]  # two workers, before and after
+
+
+def test_a_task_that_is_changed_after_it_was_drawn_arrives_as_it_was(processes):
+    def tasks():
+        task = [0]
+        for task[0] in range(40):
+            yield task
+        task[0] = -1
+
+    results = processes(sum, tasks(), batch_size=1)
+    assert sorted(results) == list(range(40))
+
+
+@pytest.mark.parametrize("batch_size", [4, "auto"])
+def test_a_task_that_the_consumer_changes_arrives_as_it_was_drawn(
+    processes, batch_size
+):
+    drawn = []
+
+    def tasks():
+        for number in range(60):
+            drawn.append([number])
+            yield drawn[-1]
+
+    received = []
+    for result in processes(sum, tasks(), batch_size=batch_size):
+        received.append(result)
+        for task in drawn:
+            task[0] = -1
+    assert sorted(received) == list(range(60))
+
+
+TRACEBACKS = """
+    import dataclasses, sys, traceback
+    from yourpackage.distributed import FailedTask, Joblib
+
+    def deep_down(task):
+        raise ValueError(f"no luck with {task}")  # this very line
+
+    def work(task):
+        return deep_down(task)
+
+    class Model:
+        def objective(self, task):
+            return (lambda: deep_down(task))()
+
+    if __name__ == "__main__":
+        functions = {"work": work, "method": Model().objective}
+        functions["lambda"] = lambda task: work(task)
+        backend, name, size, errors = sys.argv[1:]
+        try:
+            for result in Joblib.setup(
+                functions[name],
+                range(3),
+                2,
+                backend=backend,
+                batch_size=int(size),
+                errors=errors,
+            ):
+                raise result.error
+        except ValueError as error:
+            print(error.__cause__)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("name", "size"), [("work", 1), ("method", 3), ("lambda", 1)])
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_a_traceback_of_a_worker_shows_the_lines_of_the_program(
+    program, tmp_path, backend, name, size
+):
+    text = output_of(program(TRACEBACKS, backend, name, size, "return"))
+    assert f'File "{tmp_path / "program.py"}", line 6, in deep_down' in text
+    assert '    raise ValueError(f"no luck with {task}")  # this very line' in text
+    assert "dynamic-code" not in text
+    for ours in ("distributed.py", "run_tasks", "joblib"):
+        assert ours not in text
+    assert text.count("  File ") == {"work": 2, "method": 3, "lambda": 3}[name]
+
+
+# Whatever cannot be pickled or unpickled, too.
+@pytest.mark.parametrize("what", ["task to unpickle", "result to pickle"])
+def test_a_traceback_has_no_frames_of_this_module(processes, what):
+    _, error = collect(processes(run, [PICKLING[what][0]]), Exception)
+    text = str(error.__cause__)
+    for ours in ("distributed.py", "dynamic-code", "in load\n", "in reply\n"):
+        assert ours not in text
+
+
+@pytest.mark.once
+def test_functions_travel_though_bytes_are_compared_strictly(program):
+    source = """
+        import subprocess, sys
+        from yourpackage.distributed import Joblib
+
+        def work(task):
+            return 2 * task
+
+        if __name__ == "__main__":
+            if len(sys.argv) == 1:
+                run = subprocess.run([sys.executable, "-bb", __file__, "again"])
+                sys.exit(run.returncode)
+            print(sum(Joblib.setup(work, range(9), 2)))
+    """
+    assert output_of(program(source)) == "72\n"
+
+
+@pytest.mark.parametrize("expression", ["SystemExit(4)", "KeyboardInterrupt()"])
+@pytest.mark.parametrize(
+    "setup", [SingleProcess.setup, functools.partial(Joblib.setup, num_workers=1)]
+)
+def test_in_this_process_it_is_what_the_program_has_raised(setup, expression):
+    tasks = [value(0), raising(expression)]
+    received, error = collect(setup(run, tasks), SystemExit, KeyboardInterrupt)
+    assert received == [0]
+    assert repr(error) == expression.replace("KeyboardInterrupt()", repr(error))
+
+
+FOLDERS = """
+    import errno, os, sys
+    import joblib, numpy
+    from yourpackage.distributed import FailedTask, Joblib
+
+    def no_space(array, path):
+        with open(path, "wb") as file:
+            file.write(bytes(9))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if __name__ == "__main__":
+        backend, folder, errors, what = sys.argv[1:]
+        if what == "full":
+            joblib.dump = no_space
+        array = numpy.zeros(300_000)
+        function = array.__eq__ if what == "function" else len
+        tasks = [array] * 4 if what != "function" else range(4)
+        try:
+            for result in Joblib.setup(
+                function, tasks, 2, backend=backend, temp_folder=folder, errors=errors
+            ):
+                print(result.number)
+                error = result.error
+        except Exception as caught:
+            error = caught
+        print("temp_folder" in str(error), folder in str(error))
+        print(sorted(Joblib.setup(abs, range(3), 2, backend=backend)))
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("what", "backend", "errors", "place"),
+    [
+        ("tasks", "loky", "raise", "file"),
+        ("tasks", "multiprocessing", "return", "/proc/nowhere"),
+        ("function", "loky", "raise", "file"),
+        ("full", "loky", "return", "file"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named(
+    program, tmp_path, what, backend, errors, place
+):
+    folder = tmp_path / "folder"
+    if what == "full":
+        folder.mkdir()
+    elif place == "file":
+        folder.touch()
+    else:
+        folder = Path(place)
+    before = {path for path in Path("/dev/shm").iterdir() if "joblib" in path.name}
+    output = output_of(program(FOLDERS, backend, folder, errors, what)).splitlines()
+    numbers = [str(n) for n in range(4)]
+    failed = numbers if errors == "return" and what != "function" else []
+    assert sorted(output[:-2]) == failed
+    assert output[-2:] == ["True True", "[0, 1, 2]"]
+    assert what != "full" or list(folder.iterdir()) == []
+    after = {path for path in Path("/dev/shm").iterdir() if "joblib" in path.name}
+    assert not {path for path in after - before if f"_{os.getpid()}_" in path.name}
+
+
+@pytest.mark.once
+def test_a_folder_of_the_environment_that_cannot_be_used_is_named(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path / "file"))
+    array = numpy.zeros(300_000)
+    _, error = collect(Joblib.setup(len, [array] * 4, 2), Exception)
+    shown = "".join(traceback.format_exception(error))
+    assert str(tmp_path / "file") in shown
+    assert "temp_folder" in shown
+
+
+def test_a_folder_that_fills_up_costs_no_result_before(
+    processes, monkeypatch, tmp_path
+):
+    dump, dumped = joblib.dump, []
+
+    def fills_up(array, path):
+        dumped.append(path)
+        if len(dumped) == 4:
+            Path(path).write_bytes(bytes(9))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return dump(array, path)
+
+    monkeypatch.setattr(joblib, "dump", fills_up)
+    arrays = [numpy.full(300_000, number) for number in range(6)]
+    options = {"temp_folder": str(tmp_path), "batch_size": 1, "return_as": "generator"}
+    results = processes(numpy.max, arrays, errors="return", **options)
+    received, error = collect(results, Exception)
+    assert error is None
+    # To put it into a file is tried again, when the task is pickled apart from others.
+    assert len(dumped) == 7
+    assert received == list(range(6))
+    assert list(tmp_path.iterdir()) == []
+
+
+changes_array = lambda array: (array.__iadd__(1), float(array.sum()))[1]
+
+
+def read_only_notes(error):
+    return [note for note in notes_of(error) if "mmap_mode" in note]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("errors", "batch_size"), [("raise", 1), ("return", 3)])
+def test_a_task_that_changes_a_mapped_array_is_told_what_to_do(
+    processes, errors, batch_size
+):
+    tasks = [numpy.zeros(300_000) for _ in range(4)]
+    options = {"errors": errors, "batch_size": batch_size}
+    received, error = collect(processes(changes_array, tasks, **options), ValueError)
+    assert received == [] or errors == "return"
+    every = [error] if error else [item.error for item in received]
+    for error in every:
+        assert "read-only" in str(error)
+        if HAS_NOTES:
+            (note,) = read_only_notes(error)
+            assert "max_nbytes=None" in note
+            assert any("Task " in note for note in notes_of(error))
+    for more in ({"mmap_mode": "c"}, {"max_nbytes": None}):
+        assert list(processes(changes_array, tasks, **more)) == [300_000.0] * 4
+
+
+def test_a_task_that_changes_a_mapped_array_of_the_function_is_told_what_to_do(
+    processes,
+):
+    array = numpy.zeros(300_000)
+    function = lambda task: array.__iadd__(task)[0]
+    _, error = collect(processes(function, [1, 2]), ValueError)
+    assert "read-only" in str(error)
+    assert len(read_only_notes(error)) == HAS_NOTES
+
+
+@pytest.mark.once
+def test_a_cause_that_says_read_only_is_enough(processes):
+    def function(array):
+        try:
+            array[0] = 1
+        except ValueError as error:
+            raise KeyError("another name") from error
+
+    _, error = collect(processes(function, [numpy.zeros(300_000)] * 2), KeyError)
+    assert len(read_only_notes(error)) == HAS_NOTES
+
+
+@pytest.mark.once
+def test_what_is_not_mapped_has_no_such_note(processes):
+    def function(array):
+        array = array.copy()
+        array.flags.writeable = False
+        array[0] = 1
+
+    for size, options in ((9, {}), (300_000, {"max_nbytes": None})):
+        tasks = [numpy.zeros(size)] * 2
+        _, error = collect(processes(function, tasks, **options), ValueError)
+        assert "read-only" in str(error)
+        assert read_only_notes(error) == []
+
+
+@pytest.mark.once
+def test_the_array_of_another_task_is_none_of_its_own(processes):
+    def function(task):
+        if task is None:
+            raise ValueError("this file is read-only")
+        return len(task)
+
+    tasks = [numpy.zeros(300_000), None] * 2
+    _, error = collect(processes(function, tasks, batch_size=2), ValueError)
+    assert read_only_notes(error) == []
+
+
+@pytest.mark.once
+def test_a_task_that_a_worker_cannot_unpickle_is_named(pickling_setup):
+    tasks = [1, 2, by_value(CannotBeUnpickled)(), 3]
+    options = {"return_as": "generator", "batch_size": 2}
+    received, error = collect(pickling_setup(repr, tasks, **options), Exception)
+    assert received == ["1", "2"]
+    assert type(error) is pickle.UnpicklingError
+    assert "the task cannot be unpickled in a worker: KeyError: 'not here'" in str(
+        error
+    )
+    assert "__setstate__" in str(error.__cause__)
+    assert not HAS_NOTES or error.__notes__[0].startswith("Task 2 (counted from 0): ")
+
+
+def test_a_function_that_a_worker_cannot_unpickle_is_named(pickling_setup):
+    function = by_value(CannotBeUnpickled)().call
+    _, error = collect(pickling_setup(function, [1]), pickle.UnpicklingError)
+    message = "task_func cannot be unpickled in a worker: KeyError: 'not here'"
+    assert message in str(error)
+    assert "__setstate__" in str(error.__cause__)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("what", ["function", "task"])
+@pytest.mark.parametrize("backend", ["loky", *CLUSTERS])
+def test_a_module_that_workers_cannot_find_is_told_of(
+    request, monkeypatch, what, backend
+):
+    module = types.ModuleType("only_here")
+    source = "def work(task):\n    return 1\nclass Task:\n    pass"
+    eval(compile(source, "only_here", "exec"), vars(module))
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    setup = start(request, backend)
+    function, tasks = (
+        (module.work, [1]) if what == "function" else (id, [module.Task()])
+    )
+    _, error = collect(setup(function, tasks), pickle.UnpicklingError)
+    assert "No module named 'only_here'" in str(error)
+    assert "install it where the workers are" in str(error)
+    assert ("task_func" if what == "function" else "the task") in str(error)
+
+
+WRAPPED = """
+    import functools, sys
+    from yourpackage.distributed import FailedTask, Joblib
+
+    @functools.lru_cache
+    def work(task):
+        return 2 * task
+
+    if __name__ == "__main__":
+        backend, what = sys.argv[1:]
+        function, tasks = (work, range(3)) if what == "function" else (id, [work])
+        try:
+            print(sorted(Joblib.setup(function, tasks, 2, backend=backend)))
+        except Exception as error:
+            print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("what", ["function", "task"])
+def test_a_wrapped_function_of_the_program_is_told_of(program, what):
+    output = output_of(program(WRAPPED, "loky", what))
+    assert output.startswith("UnpicklingError ")
+    assert ("task_func" if what == "function" else "the task") in output
+    assert "AttributeError: " in output
+    assert "'work'" in output
+    assert "lru_cache" in output
+    assert "put it into a module" in output
+
+
+BY_NAME = """
+    import collections, dataclasses, enum, functools, multiprocessing, sys, threading
+    import typing
+    from yourpackage.distributed import FailedTask, Joblib
+
+    if sys.argv[1:] == ["fork"]:
+        multiprocessing.set_start_method("fork")
+    lock = threading.Lock()
+    Pair = collections.namedtuple("Pair", "x y")
+
+    @dataclasses.dataclass(frozen=True)
+    class Point:
+        x: int
+
+        class Inner:
+            pass
+
+    class Colour(enum.Enum):
+        RED = 1
+
+    class Failed(Exception):
+        pass
+
+    @functools.lru_cache
+    def cached(task):
+        return task
+
+    @functools.singledispatch
+    def dispatching(task):
+        return task
+
+    def locked(task):
+        with lock:
+            return task
+
+    class Model:
+        lock = lock
+
+        def method(self, task):
+            with self.lock:
+                return task
+
+        @staticmethod
+        def static(task):
+            return task
+
+    def makes(task):
+        if task == 9:
+            raise Failed(Point(9))
+        kinds = [Point(task), Point.Inner(), Colour.RED, Pair(1, 2), Failed()]
+        return kinds[task]
+
+    def takes(task):
+        with lock:
+            return type(task) in (Point, Point.Inner, Colour, Pair, Failed)
+
+    if __name__ == "__main__":
+        run = functools.partial(
+            Joblib.setup, num_workers=2, backend="multiprocessing", return_as="generator"
+        )
+        functions = cached, dispatching, locked, Model().method, Model.static
+        for function in functions:
+            print(list(run(function, range(3))))
+        results = list(run(makes, [*range(5), 9], errors="return"))
+        kinds = Point, Point.Inner, Colour, Pair, Failed
+        print(all(map(isinstance, results[:5], kinds)), results[2] is Colour.RED)
+        print(type(results[5].error) is Failed, results[5].error.args[0] == Point(9))
+        print(set(run(takes, results[:5])))
+        print(list(run(lambda task: cached(task), range(3))))
+        print(list(run(lambda task: isinstance(makes(task), Point), range(2))))
+"""
+
+
+@pytest.mark.once
+def test_where_workers_are_forks_all_of_the_program_travels_by_name(program):
+    output = output_of(program(BY_NAME, "fork"))
+    assert output.splitlines() == [
+        *["[0, 1, 2]"] * 5,
+        "True True",
+        "True True",
+        "{True}",
+        "[0, 1, 2]",
+        "[True, False]",
+    ]
+
+
+FROZEN = """
+    import os, stat, sys
+
+    if __name__ == "__main__":
+        # As the bootloader of PyInstaller: the executable is the program.
+        sys.frozen = True
+        sys.executable = os.path.abspath("executable")
+        import multiprocessing.spawn
+
+        multiprocessing.set_executable(sys.executable)
+        multiprocessing.spawn.freeze_support()
+
+    import numpy
+    from yourpackage.distributed import FailedTask, Joblib
+
+    def work(task):
+        return len(task) if hasattr(task, "__len__") else task
+
+    if __name__ == "__main__":
+        from joblib.externals.loky.backend import resource_tracker
+
+        if sys.argv[1] == "array":
+            tasks, expected = [numpy.zeros(300_000) for _ in range(6)], 1_800_000
+        else:
+            tasks, expected = range(6), 15
+        for _ in range(2):
+            results = Joblib.setup(work, tasks, 2, backend=sys.argv[2])
+            assert sum(results) == expected
+        tracker = resource_tracker._resource_tracker
+        print(tracker._pid, tracker._fd)
+        Joblib.shutdown()
+"""
+
+
+EXECUTABLE = """#!/bin/sh
+echo "$*" >>{folder}/started
+[ "$(wc -l <{folder}/started)" -gt 9 ] && exit 9
+for argument do
+    [ "$argument" = -c ] && exec {python} "$@"
+done
+exec {python} {folder}/program.py "$@"
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name != "posix", reason="a script of the shell")
+@pytest.mark.parametrize("tasks", ["array", "numbers"])
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_a_frozen_program_starts_workers_and_nothing_of_loky(
+    program, tmp_path, tasks, backend
+):
+    executable = tmp_path / "executable"
+    executable.write_text(EXECUTABLE.format(folder=tmp_path, python=sys.executable))
+    executable.chmod(0o755)
+    before = set(os.listdir("/dev/shm"))
+    process = program(FROZEN, tasks, backend)
+    assert output_of(process) == "None None\n"
+    started = tmp_path / "started"
+    lines = started.read_text().splitlines() if started.exists() else []
+    assert not any("loky" in line for line in lines)
+    workers = [line for line in lines if "--multiprocessing-fork" in line]
+    assert len(workers) == (2 if backend == "loky" else 0)
+    left = set(os.listdir("/dev/shm")) - before
+    assert not any(f"_{process.pid}_" in name for name in left)
+
+
+REFUSED = """
+    import multiprocessing, sys, threading
+    from yourpackage.distributed import FailedTask, Joblib
+
+    def refuse(self):
+        global count
+        count += 1
+        if count == int(sys.argv[2]):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    if __name__ == "__main__":
+        start, threading.Thread.start, count = threading.Thread.start, refuse, 0
+        results = Joblib.setup(
+            abs, [-1, -2, -3, -4], 3, backend=sys.argv[1], errors=sys.argv[3]
+        )
+        try:
+            print(*sorted(results))
+        except RuntimeError as error:
+            print(error)
+        threading.Thread.start = start
+        del results
+        Joblib.shutdown()
+        print(multiprocessing.active_children())
+        print(*sorted(Joblib.setup(abs, [-1, -2], 2, backend=sys.argv[1])))
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("which", [1, 2, 4])
+@pytest.mark.parametrize("backend", LOCAL)
+def test_any_thread_that_cannot_be_started_is_an_error_at_once(program, backend, which):
+    output = output_of(program(REFUSED, backend, which, "return")).splitlines()
+    assert output[1:] == ["[]", "1 2"]
+    refused = "can't start new thread"
+    if which <= 3:  # that is one of those that run the tasks
+        assert output[0] == refused
+    else:
+        assert output[0] in (refused, "1 2 3 4")
+
+
+@pytest.mark.parametrize(
+    "name", ["dask", "ray", "loky", "threading", "multiprocessing", "sequential"]
+)
+def test_the_name_of_an_engine_is_no_backend_and_the_hint_says_what_is(name):
+    with pytest.raises(ValueError, match=re.escape(repr(name))) as caught:
+        distributed.get_backend(name)
+    assert f"setup(..., backend={name!r})" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({"max_tasks_per_child": 5}, ["maxtasksperchild"]),
+        ({"ordered": True}, ["return_as", "'generator'"]),
+        ({"unordered": True}, ["return_as", "'generator_unordered'"]),
+        ({"retries": 2}, ["errors='return'"]),
+        ({"max_retries": 2}, ["errors='return'"]),
+        ({"progress": True}, ["verbose", "tqdm"]),
+        ({"error": "return"}, ["did you mean 'errors'?"]),
+        ({"time_out": 5}, ["did you mean 'timeout'?"]),
+        ({"maxtasksperchildren": 5}, ["did you mean 'maxtasksperchild'?"]),
+        ({"batchsize": 5}, ["did you mean 'batch_size'?"]),
+    ],
+)
+def test_options_of_others_are_told_what_there_is(options, texts):
+    with pytest.raises(TypeError, match=next(iter(options))) as caught:
+        Joblib.setup(abs, [1], 2, **options)
+    for text in texts:
+        assert text in str(caught.value)
+    assert "max_nbytes'?" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["max_memory", "order"])
+def test_a_word_that_is_not_near_is_not_named(name):
+    with pytest.raises(TypeError, match=f"unknown option {name}=1") as caught:
+        Joblib.setup(abs, [1], 2, **{name: 1})
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("formula", ["2 * n_cores"])
+def test_a_formula_with_another_name_says_so(formula):
+    with pytest.raises(ValueError, match="pre_dispatch") as caught:
+        Joblib.setup(abs, [1], 2, pre_dispatch=formula)
+    assert "n_jobs is the only name" in str(caught.value)
+    assert repr(formula) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clusters: nothing is lost with a worker, and nothing is left
+
+
+class Cluster:
+    """Workers without a nanny: one that is killed does not come again."""
+
+    def __init__(self, client, folder, stack):
+        self.client = client
+        self.folder = folder
+        self.stack = stack
+        self.processes = []
+
+    def add(self, count=1, threads=1):
+        """Start workers, and wait for them."""
+        before = len(self.client.ncores())
+        for _ in range(count):
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "distributed.cli.dask_worker"),
+                    *(self.client.scheduler.address, "--no-nanny", "--no-dashboard"),
+                    *("--nthreads", str(threads)),
+                    *("--local-directory", str(self.folder)),
+                ],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            self.stack.enter_context(process)
+            self.stack.callback(process.kill)
+            self.processes.append(process)
+        wait_until(lambda: len(self.client.ncores()) == before + count)
+
+    def lose(self, pid, number=signal.SIGKILL):
+        """Have a worker end, and wait until the scheduler knows."""
+        before = len(self.client.ncores())
+        os.kill(pid, number)
+        wait_until(lambda: len(self.client.ncores()) == before - 1)
+
+
+@contextlib.contextmanager
+def cluster_in(folder, allowed_failures=3):
+    pytest.importorskip("dask.distributed")
+    with (
+        dask_client(folder, 0, allowed_failures) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        yield Cluster(client, folder, stack)
+
+
+@pytest.fixture
+def cluster(tmp_path_factory):
+    with cluster_in(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+class Marking:
+    """A model of any size. Its tasks tell where they are, and may have to wait."""
+
+    def __init__(self, folder, size=0):
+        self.folder = str(folder)
+        self.data = "x" * size
+
+    def number(self, array):
+        import pathlib
+
+        pathlib.Path(self.folder, str(os.getpid())).touch()
+        while not pathlib.Path(self.folder, "go").exists():
+            time.sleep(0.01)
+        return int(array[0])
+
+
+def marked(folder):
+    return {int(path.name) for path in folder.iterdir() if path.name != "go"}
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("size", [5_000])
+@pytest.mark.parametrize("return_as", ["generator"])
+def test_a_dask_worker_that_is_killed_takes_no_task_with_it(
+    cluster, tmp_path, size, return_as
+):
+    cluster.add(2)
+
+    def tasks():
+        for number in range(40):
+            if number == 5:
+                wait_until(lambda: len(marked(tmp_path)) == 2)
+                cluster.lose(min(marked(tmp_path)))
+                (tmp_path / "go").touch()
+            yield numpy.full(1000, number)
+
+    model = by_value(Marking)(tmp_path, size)
+    results = Joblib.setup(
+        model.number, tasks(), backend="dask", pre_dispatch=6, return_as=return_as
+    )
+    assert sorted(results) == list(range(40))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("size", [5_000])
+def test_the_function_survives_the_last_dask_worker(cluster, tmp_path, size):
+    cluster.add(1)
+
+    def exchange():
+        wait_until(lambda: marked(tmp_path))
+        (first,) = marked(tmp_path)
+        cluster.lose(first)
+        (tmp_path / "go").touch()
+        cluster.add(1)
+        return first
+
+    arrays = [numpy.full(1000, number) for number in range(40)]
+    model = by_value(Marking)(tmp_path, size)
+    with ThreadPoolExecutor(1) as thread:  # as the consumer waits in one next()
+        first = thread.submit(exchange)
+        results = Joblib.setup(model.number, arrays, backend="dask")
+        assert sorted(results) == list(range(40))
+        assert len(marked(tmp_path) - {first.result()}) == 1
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("errors", ["return"])
+def test_a_timeout_holds_when_all_dask_workers_are_gone(cluster, tmp_path, errors):
+    cluster.add(1)
+
+    def tasks():
+        yield value(0)
+        for number in itertools.count(1):
+            if number == 2:
+                wait_until((tmp_path / "here").exists)
+                cluster.lose(cluster.processes[0].pid)
+            yield f"({touch(tmp_path / 'here')}, {await_path(tmp_path / 'go')})"
+
+    results = Joblib.setup(
+        eval,
+        tasks(),
+        backend="dask",
+        timeout=4,
+        batch_size=1,
+        pre_dispatch=3,
+        errors=errors,
+    )
+    received, error = collect(results, Exception)
+    assert received in ([0], [])
+    assert isinstance(error, TimeoutError)
+    assert "4 seconds" in str(error)
+    wait_until(lambda: not keys_of_runs(cluster.client))
+    (tmp_path / "go").touch()
+    cluster.add(1)
+    assert sorted(Joblib.setup(abs, range(9), backend="dask")) == list(range(9))
+
+
+@pytest.mark.engines
+def test_the_first_tasks_come_first_on_dask(cluster):
+    """Or a result waits for those of later tasks, and may wait for ever."""
+    cluster.add(1)
+    options = {"batch_size": 1, "pre_dispatch": 8}
+    tasks = ["__import__('time').monotonic()"] * 16
+    results = Joblib.setup(
+        eval, tasks, backend="dask", return_as="generator", **options
+    )
+    times = list(results)
+    assert times == sorted(times)
+
+
+class Weighed:
+    """Tells how often it has been pickled."""
+
+    pickled = 0
+
+    def __init__(self, number):
+        self.number = number
+        self.data = "x" * 5_000
+
+    def __getstate__(self):
+        type(self).pickled += 1
+        return vars(self)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("return_as", ["generator"])
+@pytest.mark.parametrize("batch_size", [7])
+def test_what_was_scattered_is_not_sent_again(dask, return_as, batch_size):
+    number_of = operator.attrgetter("number")
+    kind = by_value(Weighed)
+    scattered = [kind(0), kind(1)]
+    with joblib.parallel_config(backend="dask", scatter=scattered):
+        pickled = kind.pickled
+        tasks = [scattered[index % 2] for index in range(50)]
+        results = Joblib.setup(
+            number_of, tasks, batch_size=batch_size, return_as=return_as
+        )
+        assert sorted(results) == [0] * 25 + [1] * 25
+        assert kind.pickled == pickled
+        tasks[3::5] = [kind(2)] * 10
+        results = list(
+            Joblib.setup(number_of, tasks, batch_size=batch_size, return_as=return_as)
+        )
+    expected = [number_of(task) for task in tasks]
+    assert sorted(results) == sorted(expected)
+    assert return_as != "generator" or results == expected
+    assert pickled < kind.pickled <= pickled + 10
+
+
+@pytest.mark.engines
+def test_what_was_scattered_goes_with_tasks_that_fail(dask):
+    kind = by_value(Weighed)
+    scattered = kind(0)
+    tasks = [scattered, threading.Lock(), kind(5), scattered, kind(None), scattered]
+    with joblib.parallel_config(backend="dask", scatter=[scattered]):
+        results = list(
+            Joblib.setup(
+                lambda task: 1 + task.number,
+                tasks,
+                batch_size=6,
+                return_as="generator",
+                errors="return",
+            )
+        )
+    failed = {r.number: r for r in results if isinstance(r, distributed.FailedTask)}
+    assert set(failed) == {1, 4}
+    assert all(failed[number].task is tasks[number] for number in failed)
+    assert [r for r in results if isinstance(r, int)] == [1, 6, 1, 1]
+
+
+@pytest.mark.engines
+def test_new_dask_workers_are_used_while_the_consumer_reads(cluster):
+    cluster.add(1)
+    seen = set()
+    results = Joblib.setup(eval, itertools.repeat(PID), backend="dask", batch_size=1)
+    seen.add(next(results))
+    cluster.add(3)
+    while len(seen) < 4:
+        seen.add(next(results))
+    results.close()
+    assert seen == {process.pid for process in cluster.processes}
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("return_as", ["generator"])
+def test_new_dask_workers_are_used_while_the_consumer_waits(
+    cluster, tmp_path, return_as
+):
+    """Six threads at the end; four tasks were the bound of the beginning."""
+    cluster.add(1)
+
+    def grow():
+        wait_until(lambda: marks() == 1)
+        cluster.add(1, threads=5)
+        wait_until(lambda: marks() == 6)
+        (tmp_path / "go").touch()
+
+    def marks():
+        return sum(path.name.startswith("at") for path in tmp_path.iterdir())
+
+    tasks = (
+        f"({touch(tmp_path / f'at {number}')}, {await_path(tmp_path / 'go')})"
+        for number in range(30)
+    )
+    with ThreadPoolExecutor(1) as thread:
+        grown = thread.submit(grow)
+        results = Joblib.setup(eval, tasks, backend="dask", return_as=return_as)
+        assert len(list(results)) == 30
+        grown.result()
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("number", [signal.SIGKILL])
+def test_the_run_follows_a_dask_cluster_that_shrinks(cluster, number):
+    cluster.add(1, threads=4)
+    cluster.add(1, threads=2)
+    drawn = received = 0
+
+    def tasks():
+        nonlocal drawn
+        for drawn in range(1, 1_000_000):
+            yield value(drawn)
+
+    results = Joblib.setup(eval, tasks(), backend="dask", batch_size=1)
+    seen = set()
+
+    def read():
+        nonlocal received
+        seen.add(next(results))
+        received += 1
+
+    while drawn - received < 11:
+        read()
+    cluster.lose(cluster.processes[0].pid, number)
+    while drawn - received > 3:
+        read()
+    for _ in range(100):
+        read()
+        assert drawn - received <= 3
+    results.close()
+    assert len(seen) == received
+    missing = set(range(1, max(seen))) - seen
+    assert len(missing) <= 12  # these were out
+
+
+@pytest.mark.engines
+def test_a_formula_that_comes_to_none_for_a_moment_costs_no_result(cluster):
+    cluster.add(1, threads=4)
+    cluster.add(1, threads=2)
+    results = Joblib.setup(
+        eval,
+        map(value, itertools.count()),
+        backend="dask",
+        batch_size=1,
+        pre_dispatch="n_jobs - 2",
+        return_as="generator",
+    )
+    for number in range(50):
+        assert next(results) == number
+    cluster.lose(cluster.processes[0].pid)
+    deadline = time.monotonic() + 8
+    while time.monotonic() < deadline:
+        number += 1
+        assert next(results) == number
+    results.close()
+
+
+def is_of_a_run(key):
+    return "run_batch" in str(key) or "function" in str(key) or "Batch" in str(key)
+
+
+def keys_of_runs(client):
+    """Return the keys of runs that the client, a worker or the scheduler has."""
+    held = [*client.futures]
+    if client.ncores():  # or Dask would wait for a worker
+        get = client.run(lambda dask_worker: list(dask_worker.data))
+        held += itertools.chain(*get.values())
+    held += client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
+    return [key for key in held if is_of_a_run(key)]
+
+
+def waiting(client):
+    """Return what coroutines of runs are on the event loop of a client."""
+
+    async def coroutines():
+        return [task.get_coro() for task in __import__("asyncio").all_tasks()]
+
+    files = str(FILE), joblib._dask.__file__
+    return [c for c in client.sync(coroutines) if c.cr_code.co_filename in files]
+
+
+BIG = "bytes(3_000_000)"
+
+
+def broken_off(setup, folder):
+    for _ in setup([BIG] * 50):
+        break
+
+
+def closed(setup, folder):
+    results = setup(itertools.repeat(BIG))
+    next(results)
+    results.close()
+
+
+def in_a_cycle(setup, folder):
+    cell = []
+    results = setup(cell.append(None) or BIG for _ in range(50))
+    cell.append(results)
+    next(results)
+    del results, cell
+    gc.collect()
+
+
+def failed(setup, folder):
+    _, error = collect(setup([*[BIG] * 9, "1 / 0", *[BIG] * 30]), Exception)
+    assert isinstance(error, ZeroDivisionError)
+
+
+def failed_in_the_source(setup, folder):
+    def tasks():
+        yield from [BIG] * 9
+        raise LookupError
+
+    assert collect(setup(tasks()), Exception)[1].args == ()
+
+
+def out_of_time(setup, folder):
+    tasks = [BIG, *[await_path(folder / "go")] * 9]
+    _, error = collect(setup(tasks, timeout=2), Exception)
+    assert isinstance(error, TimeoutError)
+
+
+def all_read(setup, folder):
+    assert len(list(setup([BIG] * 30))) == 30
+
+
+ENDS = [
+    broken_off,
+    closed,
+    in_a_cycle,
+    failed,
+    failed_in_the_source,
+    out_of_time,
+    all_read,
+]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_on_dask_leaves_nothing(dask, tmp_path, end):
+    def setup(tasks, **options):
+        return Joblib.setup(eval, tasks, backend="dask", **options)
+
+    try:
+        for _ in range(3):
+            end(setup, tmp_path)
+        gc.collect()
+        wait_until(lambda: not keys_of_runs(dask))
+        wait_until(lambda: not waiting(dask))
+    finally:
+        (tmp_path / "go").touch()  # sets the workers free
+    assert sorted(Joblib.setup(abs, range(9), backend="dask")) == list(range(9))
+
+
+@pytest.mark.engines
+def test_a_run_on_dask_that_its_function_refers_to_is_collected(dask):
+    class Holder:
+        def __reduce__(self):
+            return eval, ("abs",)
+
+        def __call__(self, task):
+            return abs(task)
+
+    holder = Holder()
+    holder.results = Joblib.setup(holder, itertools.repeat(-1), backend="dask")
+    assert next(holder.results) == 1
+    reference = weakref.ref(holder)
+    del holder
+    gc.collect()
+    assert reference() is None
+    wait_until(lambda: not keys_of_runs(dask))
+
+
+@pytest.mark.engines
+def test_a_run_that_is_left_after_ray_was_shut_down_starts_no_other(program):
+    pytest.importorskip("ray")
+    source = """
+        import itertools
+        import ray
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+            results = Joblib.setup(abs, itertools.repeat(-1), 2, backend="ray")
+            print(next(results))
+            ray.shutdown()
+            results.close()
+            print(ray.is_initialized())
+    """
+    process = program(source, warnings="default")
+    printed, errors = process.communicate()
+    assert printed == "1\nFalse\n"
+    assert "Traceback" not in errors
+
+
+@pytest.fixture
+def module(monkeypatch, tmp_path, request):
+    """A module that is on the path of this process alone; returns the module."""
+
+    def make():
+        name = f"only_here_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(
+            textwrap.dedent(
+                """
+                def twice(task):
+                    return 2 * task
+
+                class Number:
+                    def __init__(self, number):
+                        self.number = number
+
+                    def __index__(self):
+                        return self.number
+                """
+            )
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        module = importlib.import_module(name)
+        request.addfinalizer(functools.partial(sys.modules.pop, name))
+        return module
+
+    return make
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("errors", ["return"])
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_a_function_of_a_module_that_workers_lack_is_named(
+    request, module, name, errors
+):
+    setup = start(request, name)  # before the folder is on the path
+    module = module()
+    received, error = collect(setup(module.twice, range(9), errors=errors), Exception)
+    assert received == []
+    assert type(error) is pickle.UnpicklingError
+    assert re.search("task_func cannot be unpickled in a worker", str(error))
+    assert module.__name__ in str(error)
+    assert "register_pickle_by_value" in str(error)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("batch_size", [4])
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_a_task_of_a_module_that_workers_lack_is_named(
+    request, module, name, batch_size
+):
+    setup = start(request, name)
+    module = module()
+    tasks = [*range(6), module.Number(6), *range(7, 10)]
+    setup = functools.partial(setup, return_as="generator", batch_size=batch_size)
+    received, error = collect(setup(hex, tasks), Exception)
+    assert received == [hex(number) for number in range(6)]
+    assert type(error) is pickle.UnpicklingError
+    assert module.__name__ in str(error)
+    assert "register_pickle_by_value" in str(error)
+    if HAS_NOTES:
+        assert "Task 6 " in error.__notes__[0]
+    results = list(setup(hex, tasks, errors="return"))
+    assert isinstance(results[6], distributed.FailedTask)
+    assert results[6].number == 6
+    assert results[6].task is tasks[6]
+    assert module.__name__ in str(results[6].error)
+    del results[6]
+    assert results == [hex(number) for number in range(10) if number != 6]
+
+
+def notes(error):
+    return "\n".join(getattr(error, "__notes__", []))
+
+
+needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="no notes")
+
+
+@pytest.fixture(params=["dask", "ray"])
+def losing(request):
+    """`Joblib.setup` on a cluster that takes the death of a worker as an error."""
+    if request.param == "ray":
+        yield start(request, "ray")
+        return
+    pytest.importorskip("dask.distributed")
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("losing")
+    with dask_client(folder, allowed_failures=0):
+        yield functools.partial(Joblib.setup, backend="dask")
+
+
+def is_of_a_lost_worker(error):
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return "KilledWorker" in names or "RayActorError" in names
+
+
+@pytest.mark.engines
+@needs_notes
+def test_a_cluster_that_loses_a_worker_tells_which_tasks_were_in_the_batch(losing):
+    tasks = [value(0), value(1), KILL, value(3), value(4)]
+    tasks = itertools.chain(tasks, itertools.repeat(value(5)))
+    options = {"batch_size": 5, "pre_dispatch": 1}
+    _, error = collect(losing(eval, tasks, **options), Exception)
+    assert is_of_a_lost_worker(error)
+    assert "One of tasks 0 to 4 (counted from 0), of which the first is: '0'" in notes(
+        error
+    )
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["dask", "ray"])
+@pytest.mark.parametrize("return_as", ["generator"])
+def test_a_timeout_names_the_tasks_of_the_batch(request, tmp_path, name, return_as):
+    setup = start(request, name)
+    stuck = await_path(tmp_path / "go")
+    tasks = itertools.chain(map(value, range(4)), itertools.repeat(stuck))
+    results = setup(
+        eval,
+        tasks,
+        batch_size=4,
+        timeout=3,
+        pre_dispatch=1,
+        return_as=return_as,
+    )
+    received, error = collect(results, Exception)
+    (tmp_path / "go").touch()
+    assert received == list(range(4))
+    assert isinstance(error, TimeoutError)
+    shown = f"{error}\n{notes(error)}"
+    assert "4 are out" in shown
+    assert "tasks 4 to 7" in shown
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["dask", "ray"])
+@pytest.mark.parametrize("option", [{"initializer": print}])
+def test_an_initializer_is_for_processes_of_this_machine(request, name, option):
+    setup = start(request, name)
+    with pytest.raises(TypeError, match="processes of this machine") as caught:
+        setup(abs, [1], **option)
+    assert next(iter(option)) in str(caught.value)
+
+
+@pytest.mark.engines
+def test_a_batch_whose_worker_is_killed_costs_itself_alone(losing):
+    """Whatever else the worker had been given may be lost with it."""
+    tasks = [*map(value, range(200))]
+    tasks[12] = KILL
+    results = losing(eval, tasks, batch_size=4, errors="return", pre_dispatch=4)
+    received, error = collect(results, Exception)
+    numbers, done = numbers_of(received)
+    if "num_workers" in losing.keywords:  # Ray, which does not replace an actor
+        assert is_of_a_lost_worker(error)
+        assert set(done) <= set(range(200)) - {12}
+        return
+    assert error is None
+    assert sorted([*done, *numbers]) == list(range(200))
+    assert {12, 13, 14, 15} <= set(numbers)
+    assert len(numbers) <= 16  # those of four batches
+    assert all(is_of_a_lost_worker(item.error) for item in received if item in numbers)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("what", ["function", "task"])
+def test_what_is_large_gives_no_warning_on_dask(dask, what):
+    before = __import__("dask").config.get(
+        "distributed.admin.large-graph-warning-threshold"
+    )
+    large = "x" * 20_000_000
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if what == "function":
+            model = by_value(Model)(large)
+            results = Joblib.setup(model.objective, range(8), backend="dask")
+            assert sorted(task for _, _, task, _ in results) == list(range(8))
+        elif what == "task":
+            results = Joblib.setup(len, [large] * 4, backend="dask")
+            assert list(results) == [20_000_000] * 4
+        else:
+            results = Joblib.setup(eval, ["'x' * 20_000_000"] * 4, backend="dask")
+            assert list(map(len, results)) == [20_000_000] * 4
+    assert [str(warning.message) for warning in caught] == []
+    after = __import__("dask").config.get(
+        "distributed.admin.large-graph-warning-threshold"
+    )
+    assert after == before
+
+
+@pytest.mark.engines
+def test_runs_in_threads_leave_the_configuration_of_dask_as_it_was(dask):
+    config = importlib.import_module("dask").config
+    name = "distributed.admin.large-graph-warning-threshold"
+    before = config.get(name)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            runs = [
+                threads.submit(
+                    lambda: sum(
+                        Joblib.setup(abs, [1] * 300, backend="dask", batch_size=1)
+                    )
+                )
+                for _ in range(4)
+            ]
+            assert [run.result() for run in runs] == [300] * 4
+        assert config.get(name) == before
+    finally:
+        config.set({name: before})
+
+
+@pytest.mark.engines
+def test_runs_at_the_same_time_do_not_mix_up_their_functions(cluster):
+    cluster.add(2, threads=2)
+    model = by_value(Model)
+
+    def read(name):
+        run = Joblib.setup(
+            model(name).objective, range(150), backend="dask", batch_size=1
+        )
+        return sorted((task, data) for _, _, task, data in run)
+
+    names = ["a", "b" * 5_000, "c" * 100_000]
+    with ThreadPoolExecutor(3) as threads:
+        for name, results in zip(names, threads.map(read, names), strict=True):
+            assert results == [(number, name) for number in range(150)]
 
 
 # ------------------------------------------------------------------------------------------------
