@@ -24,7 +24,7 @@ or Ray cluster. Take it for everything else. Results come as they complete:
 >>> sorted(backend.setup(abs, [-1, -2, -3]))
 [1, 2, 3]
 
-Both are lazy, take endless tasks, agree on errors and can be left at any time. The
+Both are lazy, take endless tasks and can be left at any time. The
 class `Joblib` says what else may be relied upon, and what not.
 
 Put the file inside a package: a top-level module called ``distributed`` hides the
@@ -305,8 +305,8 @@ class Joblib(DistributedBackend):
     that wants the same: the same number, *initializer*, environment variables, current
     directory and `sys.path`. At most three sets of workers are kept, none in a fork.
     They keep nothing of the function; what tasks leave elsewhere in a worker (a thread,
-    a changed directory) is there for the next run, too. `shutdown` stops idle workers;
-    who has not left after 3 seconds is killed.
+    a program, a changed directory) is there for the next run, too. `shutdown` stops
+    idle workers; who has not left after 3 seconds is killed.
 
     *Nothing is lost.* Whatever results were received before an error are handed out
     first. An error of a task, or of pickling it or its result, costs no earlier result
@@ -347,9 +347,10 @@ class Joblib(DistributedBackend):
       on Linux, nor is what has a process group of its own; and if the program is
       killed there, its workers finish what they are doing. On Linux, what has a group
       of its own survives if it is the program that is killed.
-    - Threads may see a task that is changed after it was drawn. So may processes an
-      array of more than *max_nbytes*, which is in its file as it first was. A result
-      that *task_func* changes in its next call arrives changed: return a copy.
+    - A task that is changed while others of its batch are drawn arrives changed: in
+      tasks, yield new objects, or take ``batch_size=1``. So does one in threads that is
+      changed before it is run. An array of more than *max_nbytes* is in its file as it
+      first was. A result that *task_func* changes in its next call arrives changed.
     - To close a run in a thread that is not the last to have read it does not wait for
       its workers to stop; elsewhere, that wait ends after 10 seconds.
     - `atexit` hooks of workers that `multiprocessing` has forked run from Python 3.13
@@ -419,7 +420,8 @@ class Joblib(DistributedBackend):
             Number of worker processes, or of threads. Default: -1, which means all
             available cores, unless an open `joblib.parallel_config` sets ``n_jobs``; -2
             means all but one, and so on. With 1, tasks run in this process, one after
-            another. Dask ignores it and uses the whole cluster.
+            another, unless *timeout*, *maxtasksperchild* or ``errors="return"`` asks
+            for a process. Dask ignores it and uses the whole cluster.
         **kwargs
             Options. Those of `joblib.Parallel`, but for ``n_jobs``:
 
@@ -447,12 +449,11 @@ class Joblib(DistributedBackend):
                 or 60 seconds if that is more, is an error. Other backends cannot watch
                 single tasks: there, the run ends when the consumer has waited for so
                 long and no batch has completed; the start of workers counts, too.
-                Default: wait for ever. With *timeout* or ``errors="return"``, one
-                worker is a process, too.
+                Default: wait for ever.
             maxtasksperchild : int, optional
-                Tasks that a worker process of "loky" or "multiprocessing" may do, before
+                Tasks that a worker process of "loky" or "multiprocessing" may do before
                 it leaves and a fresh one takes its place: for tasks that leak memory.
-                Default: any number.
+                No batch is larger. Default: any number.
             batch_size : int or "auto", default "auto"
                 Tasks sent to a worker at once; fewer towards the end of the tasks, so
                 that all workers have some. "auto" starts with 1. A batch that is out
@@ -467,15 +468,17 @@ class Joblib(DistributedBackend):
                 moment), or "all", which lifts the bound.
             initializer, initargs : callable and tuple, optional
                 Called in each worker process of "loky" or "multiprocessing" as it
-                starts. A function of the program travels by value: what it assigns to
-                global variables is not seen by *task_func*. Keep that in a module.
+                starts; not if tasks run in this process. A function of the program
+                travels by value: what it assigns to global variables is not seen by
+                *task_func*. Keep that in a module.
             verbose : int, default 0
                 Print how many tasks are done; the more often, the larger it is.
             max_nbytes, mmap_mode, temp_folder
                 As in joblib: arrays of more than *max_nbytes* (1 MB) reach worker
-                processes in files that they map into memory, read-only. ``max_nbytes=None`` sends copies,
-                ``mmap_mode="c"`` lets a task change its own view. The file of an array
-                that the program has let go is removed when its batch has been read.
+                processes in files that they map into memory, read-only.
+                ``max_nbytes=None`` sends copies, ``mmap_mode="c"`` lets a task change
+                its own view. The file of an array that the program has let go is
+                removed when its batch has been read.
             prefer, require
                 As in joblib.
 
@@ -507,8 +510,8 @@ class Joblib(DistributedBackend):
             From the generator, after *timeout*; also a `multiprocessing.TimeoutError`.
             It says which task it was, or which are out.
         concurrent.futures.BrokenExecutor
-            From the generator, if a worker process of loky or `multiprocessing` dies, or
-            its *initializer* fails. Of Dask, it is a ``KilledWorker``; of Ray, a
+            From the generator, if a worker process of loky or `multiprocessing` dies,
+            or its *initializer* fails. Of Dask, it is a ``KilledWorker``; of Ray, a
             ``RayActorError``.
         Exception
             From the generator: what *tasks* raised, as it is; or what a task raised,
@@ -847,13 +850,13 @@ def _register_ray() -> None:
 #   |  1 draw      tasks                 |
 #   |                |                   |            worker processes (below), threads,
 #   |  2 send        +--> batch ---------|----------> Dask or Ray: in each worker
-#   |                                    |            run_batch(task_func, ..., *tasks)
+#   |                                    |            run_tasks(task_func, ..., tasks)
 #   |  3 wait      _Inbox <--------------|----------- report(outcome)
 #   |                |                   |
 #   |  4 hand out    +--> results: yield |
 #   +------------------------------------+
 #
-#   a thread that ends a run: _Lifetime.end() -> _Lifetime.clean_up()
+#   _Lifetime.end(), in any thread -> a thread that ends the run: clean_up()
 #
 # That is all of it: one loop, in the thread that calls next(). It draws tasks until as
 # many batches are out as *pre_dispatch* says, waits for a report, hands out its
@@ -862,7 +865,7 @@ def _register_ray() -> None:
 # inbox of the run, which cannot block or fail.
 #
 # joblib's Parallel resolves what a user has configured, and enters and leaves its
-# backend; batches reach threads, Ray and backends of others by `submit`, as with joblib.
+# backend; all but Dask are sent batches by `submit`, as with joblib.
 
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
@@ -927,7 +930,7 @@ def _one_by_one(
             result = task_func(task)
         except Exception as error:
             failed = _as_raised(error, _task_note(number, task))
-            if not returns_errors or _leaves_debugger(error):
+            if not returns_errors or _WORKER.leaves_debugger(error):
                 if failed is error:
                     raise
                 raise failed from error
@@ -967,11 +970,6 @@ def _as_raised(error: BaseException, note: str) -> Any:
     with contextlib.suppress(Exception):
         error.add_note(note)  # type: ignore[attr-defined, unused-ignore]
     return error
-
-
-def _leaves_debugger(error: Any) -> bool:
-    """Tell whether somebody has quit pdb, and means the program."""
-    return isinstance(error, getattr(sys.modules.get("bdb"), "BdbQuit", ()))
 
 
 def _shown(value: Any) -> str:
@@ -1103,8 +1101,8 @@ class _Batch:
         self.first = first  # the number of its first task
         self.tasks = tasks
         self.data: Any = None  # the tasks, pickled
-        self.sent = 0.0  # when
-        self.unsent: dict[int, BaseException] = {}  # by index: could not be pickled
+        self.sent_at = 0.0
+        self.unpicklable: dict[int, BaseException] = {}  # errors, by index
         self.arrays: list[Any] = []  # that lie in files for it, which go with them
         self.scattered: dict[str, Any] = {}  # on Dask, by the user
 
@@ -1132,7 +1130,7 @@ class _Run:
         self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.engine, **options)
         self.lifetime = _Lifetime(self)
         self.total: int | None = None
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, OverflowError):
             self.total = len(tasks)
         self.tasks_error: BaseException | None = None
         self.is_exhausted = False
@@ -1202,12 +1200,12 @@ class _Run:
         count = 1 if size == 1 else min(size * workers, sys.maxsize)
         drawn: list[Any] = []
         try:
-            drawn.extend(itertools.islice(self.tasks, count))
+            drawn.extend(itertools.islice(self.tasks, count))  # keeps what came before
         except (Exception, GeneratorExit) as error:
             self.tasks_error = error
         if len(drawn) < count:
             self.is_exhausted = True
-            least = int(0.002 / self.task_seconds)
+            least = int(0.002 / self.task_seconds)  # what takes 2 ms
             size = max(1, min(size, max(least, len(drawn) // (10 * workers))))
         for start in range(0, len(drawn), size):
             tasks = drawn[start : start + size]
@@ -1217,30 +1215,26 @@ class _Run:
             self.ready.append(batch)
 
     def send(self, batch: _Batch) -> None:
-        batch.sent = time.monotonic()
+        batch.sent_at = time.monotonic()
         self.out[batch.number] = batch
         self.lifetime.is_busy = True
         report = functools.partial(_report, self.inbox, batch.number)
         try:
             self.engine.send(self, batch, report)
         except Exception as error:
-            if isinstance(error, AttributeError) and error.__context__ is not None:
-                # A thread could not be started, and Python's own pool of threads fails
-                # to stop those that could.
-                error = cast(Exception, error.__context__)
             # To be raised after the results that came before it.
             report(_Failure(error, ends_run=True))
             self.lifetime.has_failed = True
 
-    def next_batch(self) -> tuple[list[Any], BaseException | None]:
-        """Wait for a batch. Return its results, reversed, and an error that ends all.
+    def next_batch(self) -> BaseException | None:
+        """Wait for a batch, take its results, and return an error that ends the run.
 
-        Both are missing if there is nothing yet, but it is time to look at the engine.
+        There are none if it is time to look at the engine, or tasks are sent again.
         """
         with self.lifetime.at_work():
             report = self.wait()
             if report is None:
-                return [], None
+                return None
             number, outcome = report
             batch: Any = None if number is None else self.out.pop(number)
             received: Any
@@ -1252,12 +1246,13 @@ class _Run:
                 self.inbox.wait_again_for(batch.number)
                 self.engine.pack(batch, apart=True)
                 self.send(batch)
-                return [], None
-            results, error = self.yields(batch, *received)
+                return None
+            error: BaseException | None
+            results, error = self.items_of(batch, *received)
             self.completed, self.lifetime.is_busy = batch, bool(self.out)
         results.reverse()
         self.results = results
-        return results, error
+        return error
 
     def wait(self) -> tuple[int | None, Any] | None:
         """Return the next report, or None if it is time to look at the engine."""
@@ -1285,7 +1280,7 @@ class _Run:
             f"oldest batch is: {_batch_note(oldest.first, oldest.tasks)}"
         )
 
-    def yields(
+    def items_of(
         self, batch: Any, results: list[Any], failures: Any, failure: _Failure | None
     ) -> tuple[list[Any], Any]:
         """Return what the run yields for a batch, and an error that ends the run."""
@@ -1303,14 +1298,14 @@ class _Run:
         for index, task in enumerate(batch.tasks):
             number, error = batch.first + index, rest
             if index in failures:
-                packed = batch.unsent.pop(index, failures[index])
+                packed = batch.unpicklable.pop(index, failures[index])
                 note = _task_note(number, task)
                 error = _as_raised(self.engine.unpacked(packed, note, batch), note)
             elif index < done:
                 items.append(results[index])
                 continue
             ends_run = error is rest and failure is not None and failure.ends_run
-            if not self.returns_errors or ends_run or _leaves_debugger(error):
+            if not self.returns_errors or ends_run or _WORKER.leaves_debugger(error):
                 self.lifetime.has_failed |= failure is not None
                 return items, error
             items.append(FailedTask(number, task, error))
@@ -1320,7 +1315,7 @@ class _Run:
         """Let the size of batches follow; the time of reading counts, too."""
         self.completed = None
         size = len(batch.tasks)
-        seconds = max(time.monotonic() - batch.sent, 1e-6)  # some clocks tick seldom
+        seconds = max(time.monotonic() - batch.sent_at, 1e-6)  # some clocks tick seldom
         self.task_seconds = seconds / size
         self.sizes.batch_completed(size, seconds)
         if self.progress is not None:
@@ -1344,9 +1339,9 @@ def _results(run: _Run) -> Generator[Any, None, None]:
             return
         with run.engine.retrieval_context():
             while error is None and run.dispatch():
-                results, error = run.next_batch()
-                while results:
-                    yield results.pop()  # hold on to none that has been handed out
+                error = run.next_batch()
+                while run.results:
+                    yield run.results.pop()  # hold on to none that has been handed out
         if error is None:
             error = run.tasks_error
         if error is not None:
@@ -1370,15 +1365,15 @@ def _results(run: _Run) -> Generator[Any, None, None]:
 # A lifetime stands in _open_runs from the start of the run until all that it has
 # started has ended. When the interpreter exits, runs that nobody will read to the end
 # are ended: those that were last read in the main thread, in one that has ended, or in
-# a daemon thread. Then all pools of workers are stopped. There are two hooks: of atexit,
-# before those of Dask and Ray; and of multiprocessing, for its child processes.
+# a daemon thread. Then all pools of workers are stopped. There are two hooks: of
+# atexit, before those of Dask and Ray; and of multiprocessing, for its child processes.
 
 
 class _Lifetime:
     """Who reads a run, what it has started, and whether it has ended.
 
-    Any thread may call `end`, which has `clean_up` called in a thread of its own; the
-    rest is for the consumer's thread.
+    Any thread may call `end` and `fail`; `_end` and `clean_up` are called in a thread
+    of their own; the rest is for the consumer's thread.
     """
 
     def __init__(self, run: _Run) -> None:
@@ -1425,7 +1420,9 @@ class _Lifetime:
         if self.end_once.acquire(blocking=False):
             _call_in_thread(self._end)
         me = threading.current_thread()
-        is_busy = any(run.is_at_work and run.reader is me for run in list(_open_runs))
+        is_busy = any(
+            other.is_at_work and other.reader is me for other in list(_open_runs)
+        )
         if self.reader is me and not is_busy:
             self.ended.wait(timeout=10)
 
@@ -1483,19 +1480,21 @@ def _at_exit(pid: int) -> None:
         return
     _most_idle = 0
     read_on = set()
-    for run in list(_open_runs):
-        reader = run.reader
+    for lifetime in list(_open_runs):
+        reader = lifetime.reader
         if reader is threading.main_thread() or not reader.is_alive():
             # Whoever reads on, in a hook that comes later, must not take it for the
             # end.
-            run.fail(RuntimeError("the run was ended, since the interpreter exits"))
+            lifetime.fail(
+                RuntimeError("the run was ended, since the interpreter exits")
+            )
         elif reader.daemon:
-            run.fail(SystemExit())  # which ends a thread in silence
+            lifetime.fail(SystemExit())  # which ends a thread in silence
         else:
-            read_on.add(run.engine.pool)  # `threading` waits for it
+            read_on.add(lifetime.engine.pool)  # `threading` waits for it
             continue
-        run.end()
-        run.ended.wait(timeout=10)
+        lifetime.end()
+        lifetime.ended.wait(timeout=10)
     for pool in set(_pools) - read_on:
         pool.stop()
 
@@ -1613,18 +1612,25 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
         """Pickle a batch as it was drawn, if it is to be."""
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
-        """Submit a batch."""
+        """Submit a batch. The engine must not keep the function: see _Run."""
         in_thread = getattr(self, "supports_sharedmem", False)
-        run_batch = _WORKER.run_in_thread if in_thread else _by_value("run_batch")
+        run_batch = _WORKER.run_in_thread if in_thread else _by_value("run_elsewhere")
         arguments = run.task_func, run.returns_errors, *batch.tasks
-        self.submit(self.calls_of(batch, run_batch, *arguments), callback=report)
+        try:
+            self.submit(self.calls_of(batch, run_batch, *arguments), callback=report)
+        except AttributeError as error:
+            # A thread could not be started, and Python's own pool of threads fails to
+            # stop those that could.
+            if isinstance(error.__context__, RuntimeError):
+                raise error.__context__ from None
+            raise
 
     def calls_of(self, batch: _Batch, function: Any, *arguments: Any) -> Any:
         """Return what joblib's backends take as a batch: a call of *function*."""
         calls = joblib.parallel.BatchedCalls(batch.tasks, self.get_nested_backend())
         # One call a batch: a call a task takes several times longer to make, to send
         # and to unpickle.
-        calls.items = [(function, arguments, {})]
+        calls.items = [joblib.delayed(function)(*arguments)]
         return calls
 
     def read(self, outcome: Any) -> _Received | None:
@@ -1752,10 +1758,6 @@ def _are_plain(values: list[Any]) -> bool:
     return _PLAIN.issuperset(map(type, values))
 
 
-def _told(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(type(error), error)).strip()
-
-
 def _without_first_frame(error: BaseException) -> BaseException:
     """Let go of the frame that has caught *error*, which is to refer to it."""
     trace = error.__traceback__
@@ -1780,9 +1782,11 @@ class _Remote(_Engine):
             payload = self.dump(run.task_func)
         except Exception as error:
             shown = _shown(run.task_func)
-            message = f"task_func cannot be pickled: {shown}: {_told(error)}"
+            message = f"task_func cannot be pickled: {shown}: {_WORKER.told(error)}"
             raise pickle.PicklingError(message) from error
         self.take_function(payload)
+        if self.files is not None:
+            self.files.of_function, self.files.weight = self.files.kept, 0
 
     def pickler(self) -> Any:
         return _WORKER.make_dump({types.CodeType: _code_with_its_file})
@@ -1794,31 +1798,35 @@ class _Remote(_Engine):
     def pack(self, batch: _Batch, *, apart: bool = False) -> None:
         if self.files is not None:
             self.files.kept = batch.arrays
-        batch.data = self.pickled(batch, apart)
+        batch.data = self.pickled(self.stand_ins(batch), batch.unpicklable, apart)
         if self.files is not None:
             self.tasks_pickled += len(batch.tasks)
             self.task_weight = self.files.weight / self.tasks_pickled
 
-    def pickled(self, batch: _Batch, apart: bool) -> bytes:
-        """Return the pickled tasks of a batch.
+    def stand_ins(self, batch: _Batch) -> list[Any]:
+        """Return what is to be pickled in place of the tasks."""
+        return batch.tasks
+
+    def pickled(self, tasks: list[Any], unpicklable: Any, apart: bool) -> bytes:
+        """Return the pickled tasks of a batch; put errors of that into *unpicklable*.
 
         They travel together. Those of which one cannot be pickled or unpickled travel
         apart, so that it costs none of the others; in its place there is nothing, which
         cannot be unpickled.
         """
         # To unpickle a task is part of the time that it may take.
-        apart = apart or not (self.limit is None or _are_plain(batch.tasks))
+        apart = apart or not (self.limit is None or _are_plain(tasks))
         if not apart:
             with contextlib.suppress(Exception):
-                return bytes(self.dump(batch.tasks, _TOGETHER))
+                return bytes(self.dump(tasks, _TOGETHER))
         parts = []
-        for index, task in enumerate(batch.tasks):
+        for index, task in enumerate(tasks):
             try:
                 parts.append(self.dump(task))
             except Exception as error:
-                message = f"a task cannot be pickled: {_told(error)}"
-                batch.unsent[index] = pickle.PicklingError(message)
-                batch.unsent[index].__cause__ = _without_first_frame(error)
+                message = f"a task cannot be pickled: {_WORKER.told(error)}"
+                unpicklable[index] = pickle.PicklingError(message)
+                unpicklable[index].__cause__ = _without_first_frame(error)
                 parts.append(b"")
         return _APART + pickle.dumps(parts, protocol=-1)
 
@@ -1847,7 +1855,7 @@ class _Remote(_Engine):
                 try:
                     results[index] = pickle.loads(data)
                 except Exception as error:
-                    message = f"the result cannot be unpickled: {_told(error)}"
+                    message = f"the result cannot be unpickled: {_WORKER.told(error)}"
                     failure = pickle.UnpicklingError(message)
                     failure.__cause__ = _without_first_frame(error)
                     failures[first + index] = failure
@@ -1925,26 +1933,23 @@ class _Dask(_Remote):
         config = {"backend": "dask"}
         functions = self.dump(_WORKER.Functions(payload, self.returns_errors, config))
         call = functools.partial(_call_on_dask, self.client, self.submit_kwargs)
-        self.function, self.call = call("function", pickle.loads, functions), call
+        self.function, self.call = call(-1, pickle.loads, functions), call
 
-    def pickled(self, batch: _Batch, apart: bool) -> bytes:
+    def stand_ins(self, batch: _Batch) -> list[Any]:
         # What the user has scattered stays where it is; its key stands for it.
         futures = [self.data_futures.get(id(task)) for task in batch.tasks]
         batch.scattered = {str(f.key): f for f in futures if f is not None}
-        if not batch.scattered:
-            return super().pickled(batch, apart)
-        tasks = [
+        return [
             task if future is None else str(future.key)
             for task, future in zip(batch.tasks, futures, strict=True)
         ]
-        stand_in = _Batch(batch.number, batch.first, tasks)
-        stand_in.unsent = batch.unsent
-        return super().pickled(stand_in, apart)
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
         apply = importlib.import_module("dask.utils").apply
         arguments = [batch.data, batch.scattered]
-        call = functools.partial(self.call, "batch", apply, self.function, arguments)
+        call = functools.partial(
+            self.call, batch.number, apply, self.function, arguments
+        )
         state = self.function, self.futures, self.over
         self.client.loop.add_callback(_run_on_dask, self.client, call, *state, report)
 
@@ -1957,13 +1962,15 @@ class _Dask(_Remote):
 _configuring_dask = threading.Lock()
 
 
-def _call_on_dask(client: Any, options: Any, name: str, *call: Any) -> Any:
+def _call_on_dask(client: Any, options: Any, number: int, *call: Any) -> Any:
     """Have the cluster call something; return the future."""
+    # What is submitted in the same moment would be run in any order.
+    options = {**options, "priority": options.get("priority", 0) - number * 1e-6}
     config = importlib.import_module("dask").config
     # Dask would warn of large tasks; but they have to travel in some way.
     limit = {"distributed.admin.large-graph-warning-threshold": "1TB"}
     with _configuring_dask, config.set(limit):
-        return client.submit(*call, key=f"{name}-{uuid.uuid4().hex}", **options)
+        return client.submit(*call, key=f"batch-{uuid.uuid4().hex}", **options)
 
 
 async def _run_on_dask(
@@ -2063,14 +2070,12 @@ class _Files:
         self.folder: Any = None
         self.files: dict[int, tuple[Any, str]] = {}  # by the ids of their arrays
         self.kept: list[Any] = []  # keeps the arrays that what is pickled has in files
-        self.of_function = self.kept
+        self.of_function: list[Any] = []
         self.weight = 0  # bytes of all arrays
-        limit = options.pop("max_nbytes", 1e6)
+        limit = options.pop("max_nbytes")
         self.limit = math.inf if limit is None else limit
-        self.mode, self.prewarm = (
-            options.pop("mmap_mode", "r"),
-            options.pop("prewarm", False),
-        )
+        self.mode = options.pop("mmap_mode")
+        self.prewarm = options.pop("prewarm", False)
         # Whoever has passed reducers does not want them changed.
         for name in "forward_reducers", "backward_reducers":
             options[name] = dict(options.get(name) or {})
@@ -2174,7 +2179,7 @@ class _Processes(_Remote):
         )
     )
     limits_tasks = True
-    sent: Any = None  # _Function
+    function: Any = None  # a _Function
 
     def can_isolate(self) -> bool:
         return bool(self.effective_n_jobs(2) > 1)
@@ -2214,14 +2219,14 @@ class _Processes(_Remote):
         return False
 
     def take_function(self, payload: bytes) -> None:
-        self.sent = _Function(self, payload)
+        self.function = _Function(self, payload)
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
-        self.submit(_Job(self.sent, batch.data, len(batch.tasks)), callback=report)
+        self.submit(_Job(self.function, batch.data, len(batch.tasks)), callback=report)
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         if not isinstance(func, _Job):  # somebody has wrapped it
-            func = _Job(self.sent, self.dump(func, _CALL), 1)
+            func = _Job(self.function, self.dump(func, _CALL), 1)
         func.report = callback
         if self.pool is None:
             self.pool = self.find_pool()
@@ -2247,8 +2252,8 @@ class _Processes(_Remote):
             pool.stop(kill=True)
 
     def terminate(self) -> None:
-        if self.sent is not None:
-            self.sent.is_over = True
+        if self.function is not None:
+            self.function.is_over = True
         pool, self.pool = self.pool, None
         try:
             if pool is not None:
@@ -2267,7 +2272,7 @@ class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
         # What can be pickled only while a process is started, such as a lock, is not
         # compared: those workers serve one run.
         with contextlib.suppress(Exception):
-            prepared = super().pickler()(prepared)  # with the arrays in it
+            prepared = super(_Processes, self).pickler()(prepared)  # arrays, too
             environment = dict(os.environ)
             environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
             surroundings = environment, os.getcwd(), list(sys.path)
@@ -2323,7 +2328,7 @@ def _code_with_its_file(code: types.CodeType) -> Any:
 #   | pickle the tasks ---|-> jobs ->| take a job          |          |                |
 #   |                     |          | send the function,  |          | unpickle it,   |
 #   |                     |          |   if it is new -----|--------->|   keep it      |
-#   |                     |          | send the tasks -----|--------->| run_batch()    |
+#   |                     |          | send the tasks -----|--------->| run_tasks()    |
 #   | unpickle results <--|- inbox <-| receive replies <---|----------|   and send     |
 #   +---------------------+          +---------------------+          +----------------+
 #
@@ -2405,7 +2410,8 @@ class _Job:
 class _Worker:
     """A worker process, and one after another in its place; for its attendant.
 
-    But for `is_stopped`, and for what starts a process before there is a thread.
+    But for `is_stopped`, what starts a process before there is a thread, and what those
+    who stop a pool look at: `process`, `is_ready` and `failure`.
     """
 
     def __init__(self, recipe: _Recipe) -> None:
@@ -2427,7 +2433,7 @@ class _Worker:
                 raise EOFError("the pool has been stopped")
             _occupy_standard_streams()
             if not self.recipe.forks() and os.name == "posix":
-                # Python starts its own as a worker starts, and unblocks interrupts then.
+                # Python starts it as a worker starts, and unblocks interrupts then.
                 tracker = importlib.import_module("multiprocessing.resource_tracker")
                 tracker.ensure_running()
             self.connection, theirs = multiprocessing.Pipe()
@@ -2451,7 +2457,7 @@ class _Worker:
                 raise _InitializerError(reply.decode(errors="replace"))
             self.is_ready = True
         except Exception as error:
-            self.failure = self.failed(error, patience)
+            self.failure = self.bury_and_explain(error, patience)
 
     def outcome_of(self, job: _Job) -> Any:
         """Have a job done, by a fresh process if need be."""
@@ -2482,7 +2488,7 @@ class _Worker:
         except Exception as error:
             function = job.function
             limit = function.limit if self.is_ready else function.patience
-            return _Outcome(replies, self.failed(error, limit))
+            return _Outcome(replies, self.bury_and_explain(error, limit))
         return _Outcome(replies)
 
     def receive(self, limit: float) -> bytes:
@@ -2503,7 +2509,7 @@ class _Worker:
             return bool(self.connection.poll(seconds))
         return bool(self.poller.poll(seconds * 1000))
 
-    def failed(self, error: Exception, limit: float) -> _Failure:
+    def bury_and_explain(self, error: Exception, limit: float) -> _Failure:
         """Kill the process, and say what has become of it."""
         is_ready, was_started = self.is_ready, self.process is not None
         code = self.bury()
@@ -2578,6 +2584,7 @@ def _attend(
     worker.start(patience)
     while True:
         try:
+            # To see soon that the run of its function has ended.
             seconds = None if worker.function is None else _WAIT_SLICE / 2
             job = jobs.get(timeout=seconds)
         except queue.Empty:
@@ -2595,7 +2602,7 @@ class _Pool:
     """Workers that serve one run at a time, and may serve several, one after another.
 
     The consumer's thread makes or takes it, and submits to it; the thread that ends the
-    run keeps or stops it.
+    run keeps or stops it, and so do a timer, `shutdown` and the exit.
     """
 
     def __init__(self, key: Any, size: int, recipe: _Recipe) -> None:
@@ -2662,9 +2669,9 @@ class _Pool:
             for worker in self.workers:
                 worker.is_stopped = True
         found = [(w.process, w.is_ready) for w in self.workers]
-        processes = [process for process, _ in found if process and process.pid]
-        busy = [process for process, is_ready in found if kill or not is_ready]
-        _kill([process for process in processes if process in busy])
+        found = [pair for pair in found if pair[0] is not None and pair[0].pid]
+        processes = [process for process, _ in found]
+        _kill([process for process, is_ready in found if kill or not is_ready])
         _dismiss(self.jobs, self.workers)
         for worker in self.workers:
             if worker.thread is None:  # it could not be started
@@ -2693,7 +2700,7 @@ def _take_pool(key: Any) -> _Pool | None:
     if key is None:  # it may not be compared
         return None
     for pool in [*_idle_pools]:
-        if pool.key == key and _is_taken(pool):
+        if pool.key == key and _take_off_list(pool):
             pool.timer.cancel()
             if not pool.has_failed():
                 return pool
@@ -2701,7 +2708,7 @@ def _take_pool(key: Any) -> _Pool | None:
     return None
 
 
-def _is_taken(pool: _Pool) -> bool:
+def _take_off_list(pool: _Pool) -> bool:
     """Take a pool off the list, which decides who has it; tell whether that worked."""
     try:
         _idle_pools.remove(pool)
@@ -2712,7 +2719,7 @@ def _is_taken(pool: _Pool) -> bool:
 
 def _stop_if_idle(reference: weakref.ref[_Pool]) -> None:
     pool = reference()
-    if pool is not None and _is_taken(pool):
+    if pool is not None and _take_off_list(pool):
         pool.stop()
 
 
@@ -2851,11 +2858,11 @@ def _worker_functions() -> types.SimpleNamespace:
 
         return run_tasks(task_func, returns_errors, iter(tasks), packed)
 
-    def run_batch(task_func: Any, returns_errors: bool, *tasks: Any) -> Any:
+    def run_elsewhere(task_func: Any, returns_errors: bool, *tasks: Any) -> Any:
         """Do the same in a process of a backend of others."""
 
         def packed(error: BaseException) -> Any:
-            return pack(error, make_dump({}))
+            return pack_error(error, make_dump({}))
 
         return run_tasks(task_func, returns_errors, iter(tasks), packed)
 
@@ -2882,13 +2889,19 @@ def _worker_functions() -> types.SimpleNamespace:
                 with lock:
                     failures[len(results)] = failure
                     append(None)
-                quits_debugger = getattr(sys.modules.get("bdb"), "BdbQuit", ())
-                if returns_errors and not isinstance(error, quits_debugger):
+                if returns_errors and not leaves_debugger(error):
                     continue
             with lock:
                 if signs is not None:
                     signs.done, signs.travels = ([], {}), True
                 return results, failures
+
+    def leaves_debugger(error: Any) -> bool:
+        """Tell whether somebody has quit pdb, and means the program."""
+        return isinstance(error, getattr(sys.modules.get("bdb"), "BdbQuit", ()))
+
+    def told(error: BaseException) -> str:
+        return "".join(traceback.format_exception_only(type(error), error)).strip()
 
     class Signs:
         """Signs of life: a thread that sends, now and then, what is done of a batch.
@@ -2939,7 +2952,7 @@ def _worker_functions() -> types.SimpleNamespace:
             return scattered.get(task, task) if type(task) is str else task
 
         def packed(error: BaseException) -> Any:
-            return pack(error, dump)
+            return pack_error(error, dump)
 
         try:
             task_func = get_function()
@@ -2971,13 +2984,12 @@ def _worker_functions() -> types.SimpleNamespace:
                         f"the result cannot be pickled: {error!r}"
                     )
                     failure.__cause__ = error
-                    failures[index] = pack(failure, dump)
+                    failures[index] = pack_error(failure, dump)
         return cast(bytes, dump((how, parts, failures), first))
 
     def unreadable(what: str, error: BaseException) -> Exception:
         """Return an error that says what cannot be unpickled, and what to do."""
-        last = "".join(traceback.format_exception_only(type(error), error)).strip()
-        message = f"{what} cannot be unpickled in a worker: {last}"
+        message = f"{what} cannot be unpickled in a worker: {told(error)}"
         trace: Any = error.__traceback__
         if isinstance(error, ImportError):
             kind = importlib.import_module("joblib.externals.loky.backend.reduction")
@@ -3033,7 +3045,7 @@ def _worker_functions() -> types.SimpleNamespace:
 
         return dump
 
-    def pack(error: BaseException, dump: Any) -> Any:
+    def pack_error(error: BaseException, dump: Any) -> Any:
         """Return *error* in a form that survives pickling: see `_unpacked_error`."""
 
         def show(lines: Any) -> str:
@@ -3047,7 +3059,9 @@ def _worker_functions() -> types.SimpleNamespace:
             part: Any = told
             while part is not None:  # without the frames of this module
                 frames = [
-                    f for f in part.stack if f.filename != pack.__code__.co_filename
+                    f
+                    for f in part.stack
+                    if f.filename != pack_error.__code__.co_filename
                 ]
                 part.stack = traceback.StackSummary.from_list(frames)
                 part = part.__cause__ or part.__context__
@@ -3074,7 +3088,7 @@ def _worker_functions() -> types.SimpleNamespace:
             error, vars(builtins).get("BaseExceptionGroup", ())
         ):
             group: Any = error
-            members = [pack(member, dump) for member in group.exceptions]
+            members = [pack_error(member, dump) for member in group.exceptions]
             data = dumped((builtin, kind, (group.message,), vars(group)))
         elif data is None:
             data = dumped((builtin, *builtin.__reduce__(error)))
@@ -3119,7 +3133,7 @@ def _worker_functions() -> types.SimpleNamespace:
             self.connection = connection
             self.make_dump = make_own_dump
             self.dump = make_own_dump()
-            self.function = self.config = self.signs = self.limit = None
+            self.function = self.config = self.signs = self.sign_seconds = None
             self.returns_errors = False
 
         def handle(self) -> None:
@@ -3154,15 +3168,15 @@ def _worker_functions() -> types.SimpleNamespace:
             """Keep a function for the batches to come; return a reply."""
             self.forget()
             size = int.from_bytes(content[:8], "big") + 8
-            nested, n_jobs, self.returns_errors, self.limit = pickle.loads(
+            nested, n_jobs, self.returns_errors, self.sign_seconds = pickle.loads(
                 content[8:size]
             )
             try:
                 self.function = load_function(content[size:])
             except BaseException as error:
-                packed = pack(error, self.dump)
+                packed = pack_error(error, self.dump)
                 return cast(bytes, self.dump(("no function", [], packed), _DONE))
-            # What tasks start by joblib themselves, as joblib has it in a worker.
+            # What tasks start by joblib uses the backend that joblib would give them.
             self.config = joblib.parallel_config(backend=nested, n_jobs=n_jobs)
             return _DONE
 
@@ -3178,8 +3192,8 @@ def _worker_functions() -> types.SimpleNamespace:
 
         def get_signs(self, size: int) -> Any:
             """Return what tells of a batch of many tasks, if there is a limit."""
-            if self.signs is None and self.limit is not None and size > 1:
-                self.signs = Signs(self.connection, self.make_dump(), self.limit)
+            if self.signs is None and self.sign_seconds is not None and size > 1:
+                self.signs = Signs(self.connection, self.make_dump(), self.sign_seconds)
             return self.signs
 
     def lead_session(connection: Any) -> None:
