@@ -1964,13 +1964,15 @@ _configuring_dask = threading.Lock()
 
 def _call_on_dask(client: Any, options: Any, number: int, *call: Any) -> Any:
     """Have the cluster call something; return the future."""
+    # To Dask, tasks of one name are of one kind: these are shared out evenly.
+    name = "function" if number < 0 else "batch"
     # What is submitted in the same moment would be run in any order.
     options = {**options, "priority": options.get("priority", 0) - number * 1e-6}
     config = importlib.import_module("dask").config
     # Dask would warn of large tasks; but they have to travel in some way.
     limit = {"distributed.admin.large-graph-warning-threshold": "1TB"}
     with _configuring_dask, config.set(limit):
-        return client.submit(*call, key=f"batch-{uuid.uuid4().hex}", **options)
+        return client.submit(*call, key=f"{name}-{uuid.uuid4().hex}", **options)
 
 
 async def _run_on_dask(
@@ -1985,7 +1987,7 @@ async def _run_on_dask(
     future: Any = None
     try:
         # Those that wait for the function on the cluster would be run in any order.
-        await importlib.import_module("dask.distributed").wait(function)
+        await function.exception(asynchronous=True)
         if not over.is_set():
             future = call()
             futures.add(future)

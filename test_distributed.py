@@ -6041,7 +6041,7 @@ def test_a_formula_that_comes_to_none_for_a_moment_costs_no_result(cluster):
 
 
 def is_of_a_run(key):
-    return str(key).startswith("batch-")
+    return str(key).startswith(("batch-", "function-"))
 
 
 def keys_of_runs(client):
