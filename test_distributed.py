@@ -3486,7 +3486,7 @@ def check_failed_task(setup, fault, error_type, return_as, batch_size, **options
 
 
 ORDERS = [
-    ("generator", 1),
+    pytest.param("generator", 1, marks=pytest.mark.locally),
     ("generator_unordered", 5),
 ]
 
@@ -3510,7 +3510,10 @@ def test_a_task_that_raises_is_a_failed_task_in_its_place(
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("expression", EXITS[::2])
+@pytest.mark.parametrize(
+    "expression",
+    [EXITS[0], *(pytest.param(e, marks=pytest.mark.locally) for e in EXITS[2::2])],
+)
 def test_what_is_no_exception_is_the_cause_of_the_error_of_a_failed_task(
     setup, expression
 ):
@@ -3534,7 +3537,13 @@ PICKLING = {
 
 @pytest.mark.once
 @pytest.mark.parametrize(("return_as", "batch_size"), ORDERS)
-@pytest.mark.parametrize("what", PICKLING)
+@pytest.mark.parametrize(
+    "what",
+    [
+        *(what for what in PICKLING if what != "lock to pickle"),
+        pytest.param("lock to pickle", marks=pytest.mark.locally),
+    ],
+)
 def test_what_cannot_be_pickled_or_unpickled_is_a_failed_task(
     pickling_setup, what, return_as, batch_size
 ):
