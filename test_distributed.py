@@ -1977,6 +1977,26 @@ def test_an_array_that_is_made_to_be_pickled_arrives(processes):
     assert sorted(results) == list(range(30))
 
 
+def test_arrays_of_the_function_are_not_those_of_tasks():
+    CountingLoky.submitted.clear()
+    data = numpy.zeros(1_000_000)
+    function = functools.partial(operator.is_, data)
+    results = Joblib.setup(function, range(20_000), 2, backend=CountingLoky())
+    assert sum(results) == 0
+    assert max(CountingLoky.submitted) > 100
+
+
+def test_workers_that_an_array_has_prepared_are_kept():
+    Joblib.shutdown()
+    options = {"initializer": numpy.sum, "initargs": (numpy.zeros(300_000),)}
+    pids = pids_of(**options)
+    assert pids_of(**options) == pids
+
+
+def test_there_may_be_more_tasks_than_a_length_can_say(setup):
+    assert next(setup(abs, range(10**30))) == 0
+
+
 def test_batches_of_heavy_tasks_do_not_grow(tmp_path):
     CountingLoky.submitted.clear()
     tasks = (numpy.zeros(125_000) for _ in range(200))  # 1 MB each
@@ -6764,7 +6784,55 @@ def one_by_one():
     yield functools.partial(Joblib.setup, num_workers=2, batch_size=1)
 
 
+@contextlib.contextmanager
+def watched():
+    yield functools.partial(Joblib.setup, num_workers=2, errors="return", timeout=60)
+
+
+@contextlib.contextmanager
+def pebble():
+    with importlib.import_module("pebble").ProcessPool(2) as workers:
+        yield lambda function, tasks: workers.map(function, tasks).result()
+
+
+def faulty(number):
+    """Of 100 tasks, two raise, four end their worker, and one hangs."""
+    kind = number % 100
+    if kind < 2:
+        raise ValueError(number)
+    if kind < 6:
+        os._exit(1)
+    time.sleep(3600 if kind == 6 else 0.01)
+
+
+@contextlib.contextmanager
+def surviving():
+    options = {"backend": "multiprocessing", "errors": "return", "batch_size": 1}
+    yield functools.partial(Joblib.setup, num_workers=2, timeout=1, **options)
+
+
+@contextlib.contextmanager
+def surviving_pebble():
+    with importlib.import_module("pebble").ProcessPool(2) as workers:
+
+        def run(function, tasks):
+            results = workers.map(function, tasks, timeout=1).result()
+            while True:
+                try:
+                    yield next(results)
+                except StopIteration:
+                    return
+                except Exception as error:  # noqa: BLE001 # whatever a task has raised
+                    yield error
+
+        yield run
+
+
 NAMES = {
+    watched: "this module, watched",
+    surviving: "this module",
+    surviving_pebble: "pebble",
+    pebble: "pebble",
     this_module: "this module",
     one_by_one: "this module, `batch_size=1`",
     pool_with_initializer: "Pool with an initializer",
@@ -6808,9 +6876,32 @@ WORKLOADS = {
     ),
     "1,000,000 trivial tasks": (
         lambda: (trivial, range(1_000_000)),
-        [this_module, in_order, plain_joblib, delayed_once, tuned_pool, limit],
+        [
+            this_module,
+            in_order,
+            watched,
+            plain_joblib,
+            delayed_once,
+            tuned_pool,
+            limit,
+        ],
     ),
-    "1 ms each": (lambda: (sum, [busy(1)] * 1000), [*RIVALS, limit]),
+    "3,000 trivial tasks one by one": (
+        lambda: (trivial, range(3000)),
+        [one_by_one, executor, pool, pebble],
+    ),
+    "600 of 1 ms, one by one": (
+        lambda: (sum, [busy(1)] * 600),
+        [one_by_one, plain_joblib, executor, pebble, limit],
+    ),
+    "400 of 10 ms: 8 raise, 16 die, 4 hang, limit 1 s": (
+        lambda: (faulty, range(400)),
+        [surviving, surviving_pebble],
+    ),
+    "1 ms each": (
+        lambda: (sum, [busy(1)] * 1000),
+        [this_module, watched, *RIVALS[1:], pebble, limit],
+    ),
     "20 ms each": (lambda: (sum, [busy(20)] * 250), [*RIVALS, limit]),
     "uneven: one of 150 ms among 1 ms": (
         lambda: (sum, [busy(1)] * 400 + [busy(150)] + [busy(1)] * 100),
