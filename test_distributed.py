@@ -1994,7 +1994,7 @@ def test_workers_that_an_array_has_prepared_are_kept():
 
 
 def test_there_may_be_more_tasks_than_a_length_can_say(setup):
-    assert next(setup(abs, range(10**30))) == 0
+    assert next(setup(abs, range(10**30))) in range(4)
 
 
 def test_batches_of_heavy_tasks_do_not_grow(tmp_path):
