@@ -2422,6 +2422,7 @@ class _Worker:
         self.process: Any = None
         self.connection: Any = None
         self.poller: Any = None
+        self.has_begun = threading.Event()  # a process: it is in the right directory
         self.is_ready = False
         self.is_stopped = False
         self.function: Any = None  # that the process has
@@ -2430,14 +2431,11 @@ class _Worker:
 
     def launch(self) -> None:
         """Start a process."""
+        _start_trackers(self.recipe.context.get_start_method())
         with _starting, _interrupts_later(), _standard_streams():
             if self.is_stopped:
                 raise EOFError("the pool has been stopped")
             _occupy_standard_streams()
-            if not self.recipe.forks() and os.name == "posix":
-                # Python starts it as a worker starts, and unblocks interrupts then.
-                tracker = importlib.import_module("multiprocessing.resource_tracker")
-                tracker.ensure_running()
             self.connection, theirs = multiprocessing.Pipe()
             _our_ends.add(self.connection)
             try:
@@ -2454,12 +2452,14 @@ class _Worker:
         try:
             if self.process is None:
                 self.launch()
-            reply = self.receive(patience)
+            while (reply := self.receive(patience)) == _MORE:
+                self.has_begun.set()
             if reply != _DONE:
                 raise _InitializerError(reply.decode(errors="replace"))
             self.is_ready = True
         except Exception as error:
             self.failure = self.bury_and_explain(error, patience)
+        self.has_begun.set()
 
     def outcome_of(self, job: _Job) -> Any:
         """Have a job done, by a fresh process if need be."""
@@ -2570,6 +2570,17 @@ class _Worker:
         self.bury()
 
 
+def _start_trackers(start_method: str) -> None:
+    """Start what Python and loky start with the first worker.
+
+    They unblock interrupts when they have done that, which is too early for a worker.
+    """
+    if os.name == "posix" and start_method != "fork":
+        importlib.import_module("multiprocessing.resource_tracker").ensure_running()
+        if start_method == "loky":
+            _loky("backend.resource_tracker").ensure_running()
+
+
 class _InitializerError(Exception):
     """An initializer has failed in a worker: the text of its traceback."""
 
@@ -2648,6 +2659,8 @@ class _Pool:
         if self.key is None or self.has_failed():
             self.stop()
             return
+        for worker in self.workers:
+            worker.has_begun.wait(_PATIENCE)  # while what it needs for that is there
         self.timer = threading.Timer(seconds, _stop_if_idle, (weakref.ref(self),))
         self.timer.daemon = True
         _idle_pools.append(self)
@@ -3113,20 +3126,25 @@ def _worker_functions() -> types.SimpleNamespace:
         os.environ.update(env)
         server = Server(connection, functools.partial(make_dump, reducers, by_name))
         sys.modules[_WORKER_MODULE] = cast(Any, server)
+        with contextlib.suppress(EOFError, OSError):  # the program has ended
+            connection.send_bytes(_MORE)  # it has begun
+            first = initialized(prepared)
+            connection.send_bytes(first)
+            del prepared
+            while first == _DONE:
+                server.handle()
+
+    def initialized(prepared: Any) -> bytes:
+        """Call the initializer; return the first reply, or the text of an error."""
         try:
             initializer, initargs = (
                 pickle.loads(prepared) if isinstance(prepared, bytes) else prepared
             )
             if initializer is not None:
                 initializer(*initargs)
-            first = _DONE
         except BaseException:
-            first = traceback.format_exc().encode()
-        del prepared
-        with contextlib.suppress(EOFError, OSError):  # the program has ended
-            connection.send_bytes(first)
-            while first == _DONE:
-                server.handle()
+            return traceback.format_exc().encode()
+        return _DONE
 
     class Server:
         """Answers what arrives at a connection, by the function of a run."""
