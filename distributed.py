@@ -36,6 +36,7 @@ package of that name in which Dask's scheduler lives.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import builtins
 import contextlib
@@ -1918,6 +1919,8 @@ class _Dask(_Remote):
             return False
         self.next_look = time.monotonic() + self.look_again
         before, self.workers = self.workers, max(2, sum(self.client.ncores().values()))
+        if self.workers != before:
+            self.hand_out_function()
         return self.workers != before
 
     def start_call(self) -> None:
@@ -1934,6 +1937,12 @@ class _Dask(_Remote):
         functions = self.dump(_WORKER.Functions(payload, self.returns_errors, config))
         call = functools.partial(_call_on_dask, self.client, self.submit_kwargs)
         self.function, self.call = call(-1, pickle.loads, functions), call
+        self.is_handed_out = asyncio.Event()
+        self.hand_out_function()
+
+    def hand_out_function(self) -> None:
+        state = self.function, self.is_handed_out
+        self.client.loop.add_callback(_hand_out_on_dask, self.client, *state)
 
     def stand_ins(self, batch: _Batch) -> list[Any]:
         # What the user has scattered stays where it is; its key stands for it.
@@ -1950,7 +1959,7 @@ class _Dask(_Remote):
         call = functools.partial(
             self.call, batch.number, apply, self.function, arguments
         )
-        state = self.function, self.futures, self.over
+        state = self.is_handed_out, self.futures, self.over
         self.client.loop.add_callback(_run_on_dask, self.client, call, *state, report)
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
@@ -1975,10 +1984,24 @@ def _call_on_dask(client: Any, options: Any, number: int, *call: Any) -> Any:
         return client.submit(*call, key=f"{name}-{uuid.uuid4().hex}", **options)
 
 
+async def _hand_out_on_dask(client: Any, function: Any, done: asyncio.Event) -> None:
+    """Copy the function to all workers of the moment: on the event loop of the client.
+
+    Dask has a call run where the data is that it needs, and moves calls to idle workers
+    only if those that have had their name took long.
+    """
+    with contextlib.suppress(Exception, asyncio.CancelledError):
+        await function.exception(asynchronous=True)
+        # One that does not answer must not keep the others from work.
+        copying = client.replicate([function], asynchronous=True)
+        await asyncio.wait_for(copying, _PATIENCE)
+    done.set()
+
+
 async def _run_on_dask(
     client: Any,
     call: Any,
-    function: Any,
+    is_handed_out: asyncio.Event,
     futures: set[Any],
     over: threading.Event,
     report: _ReportFunction,
@@ -1987,7 +2010,7 @@ async def _run_on_dask(
     future: Any = None
     try:
         # Those that wait for the function on the cluster would be run in any order.
-        await function.exception(asynchronous=True)
+        await is_handed_out.wait()
         if not over.is_set():
             future = call()
             futures.add(future)

@@ -28,6 +28,7 @@ import sqlite3
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -119,6 +120,10 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
+def workers_now():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
 def is_alive(pid):
     try:
         os.kill(pid, 0)
@@ -206,8 +211,18 @@ def ray(tmp_path_factory):
     os.chdir(folder)
 
 
+@pytest.fixture(autouse=True)
+def no_task_waits_on(request):
+    """Let the tasks of a test that has failed end, which would keep others from workers."""
+    has_folder = "tmp_path" in request.fixturenames
+    folder = request.getfixturevalue("tmp_path") if has_folder else None
+    yield
+    if folder is not None:
+        (folder / "go").touch()
+
+
 LOCAL = ["loky", "threading", "multiprocessing"]
-# multiprocessing has the executor of loky.
+# multiprocessing has the attendants of loky.
 ENGINES = ["loky", "threading", pytest.param("multiprocessing", marks=pytest.mark.slow)]
 CLUSTERS = [pytest.param(name, marks=pytest.mark.engines) for name in ("dask", "ray")]
 
@@ -630,8 +645,13 @@ def test_runs_with_other_options_overlap(tmp_path):
 
 
 def pids_of(**options):
-    tasks = [f"(__import__('time').sleep(0.02), {PID})[1]"] * 20
-    return set(Joblib.setup(eval, tasks, num_workers=2, batch_size=1, **options))
+    """Return the ids of two workers: each has a task, which waits for that of the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        met = f"len(__import__('os').listdir({folder!r})) == 2"
+        wait = f"[*iter(lambda: {met} or __import__('time').sleep(0.01), True)]"
+        tasks = [f"({mark(folder)}, {wait}, {PID})[2]"] * 2
+        options = {"num_workers": 2, "batch_size": 1} | options
+        return set(Joblib.setup(eval, tasks, **options))
 
 
 def test_a_backend_that_is_in_use_is_not_disturbed():
@@ -4094,13 +4114,14 @@ def test_a_time_out_of_a_nested_run_comes_home(program, outer):
 @pytest.mark.once
 def test_a_worker_that_is_not_ready_in_time_is_an_error(processes, monkeypatch, capfd):
     Joblib.shutdown()
+    others = workers_now()
     monkeypatch.setattr(distributed, "_START_PATIENCE", 1)
     options = {"initializer": time.sleep, "initargs": (3600,)}
     results = processes(abs, range(9), timeout=0.1, errors="return", **options)
     received, error = collect(results, TimeoutError)
     assert received == []
     assert "a worker was not ready after 1 seconds" in str(error)
-    wait_until(lambda: not multiprocessing.active_children())
+    wait_until(lambda: workers_now() <= others)
     assert capfd.readouterr().err == ""
 
 
@@ -4147,6 +4168,7 @@ def test_deaths_leave_nothing(backend, count, tmp_path):
     Joblib.shutdown()
     gc.collect()
     threads, files = set(threading.enumerate()), descriptors()
+    before = workers_now()
     results = list(setup(tasks, 2))
     failed, others = numbers_of(results)
     assert sorted(failed) == list(range(0, count, 10))
@@ -4155,7 +4177,7 @@ def test_deaths_leave_nothing(backend, count, tmp_path):
     Joblib.shutdown()
     gc.collect()
     wait_until(lambda: set(threading.enumerate()) <= threads)
-    assert not multiprocessing.active_children()
+    assert workers_now() <= before
     wait_until(lambda: descriptors() <= files)
 
 
@@ -4287,12 +4309,14 @@ path = pathlib.Path({str(tmp_path)!r}, str(os.getpid()))
 atexit.register(path.touch)
 """
     options = {"initializer": exec, "initargs": (source,), "batch_size": 1}
+    Joblib.shutdown()
+    others = workers_now()
     pids = set(processes(run, [PID] * 9, maxtasksperchild=2, **options))
     assert len(pids) >= 5
     Joblib.shutdown()
     if processes.keywords["backend"] == "loky":
         assert pids <= set(pids_in(tmp_path))
-    assert not multiprocessing.active_children()
+    assert workers_now() <= others
 
 
 @pytest.mark.once
@@ -4578,7 +4602,7 @@ def test_tasks_read_an_empty_standard_input(begun):
             return os.read(0, 9), sys.stdin.read(), child
 
         if __name__ == "__main__":
-            print(*set(Joblib.setup(read, range(4), 2, backend=backend)))
+            print(*set(Joblib.setup(read, range(4), 2, backend=backend)), flush=True)
             print(sys.stdin.readline())
     """
     process = begun(source)  # whose own standard input stays open
@@ -4721,10 +4745,6 @@ except FileExistsError:
     while not os.path.exists({go!r}):
         time.sleep(0.01)
 """
-
-
-def workers_now():
-    return {process.pid for process in multiprocessing.active_children()}
 
 
 @pytest.mark.once
@@ -5820,6 +5840,20 @@ class Marking:
 
 def marked(folder):
     return {int(path.name) for path in folder.iterdir() if path.name != "go"}
+
+
+@pytest.mark.engines
+def test_all_workers_of_dask_have_the_function_before_there_are_tasks(dask):
+    # Otherwise the first tasks would wait for each other on the one that has it.
+    def have_it():
+        options = {"backend": "dask", "batch_size": 1, "pre_dispatch": 1}
+        results = Joblib.setup(abs, range(9), 2, **options)
+        next(results)
+        held = [str(keys) for keys in dask.has_what().values()]
+        results.close()
+        return ["function-" in keys for keys in held] == [True, True]
+
+    wait_until(have_it)  # Dask may have dropped a copy meanwhile
 
 
 @pytest.mark.engines
