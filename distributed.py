@@ -377,6 +377,7 @@ class Joblib(DistributedBackend):
         num_workers: int | None = None,
         **kwargs: Any,
     ) -> Generator[R, None, None]: ...
+
     # To a checker this returns too little; the overloads say what may come.
     @staticmethod
     def setup(  # pyright: ignore[reportInconsistentOverload]
