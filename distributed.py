@@ -1342,8 +1342,9 @@ def _results(run: _Run) -> Generator[Any, None, None]:
         with run.engine.retrieval_context():
             while error is None and run.dispatch():
                 error = run.next_batch()
-                while run.results:
-                    yield run.results.pop()  # hold on to none that has been handed out
+                results, pop = run.results, run.results.pop
+                while results:
+                    yield pop()  # hold on to none that has been handed out
         if error is None:
             error = run.tasks_error
         if error is not None:
@@ -3150,6 +3151,8 @@ def _worker_functions() -> types.SimpleNamespace:
         os.environ.update(env)
         server = Server(connection, functools.partial(make_dump, reducers, by_name))
         sys.modules[_WORKER_MODULE] = cast(Any, server)
+        # To forget a function need not look at what is there already. PyPy has none.
+        getattr(gc, "freeze", gc.collect)()
         with contextlib.suppress(EOFError, OSError):  # the program has ended
             connection.send_bytes(_MORE)  # it has begun
             first = initialized(prepared)
@@ -3205,8 +3208,10 @@ def _worker_functions() -> types.SimpleNamespace:
                 self.config.unregister()
             if self.signs is not None:
                 self.signs.over.set()
-            self.function = self.config = self.signs = None
-            gc.collect()
+            was_there, self.function = self.function is not None, None
+            self.config = self.signs = None
+            if was_there:
+                gc.collect()
 
         def take(self, content: Any) -> bytes:
             """Keep a function for the batches to come; return a reply."""
