@@ -1180,13 +1180,13 @@ class _Run:
                 formula = self.parallel.pre_dispatch
                 with contextlib.suppress(ValueError):  # it comes to 0 for a moment
                     self.most_out = _most_batches(formula, self.engine.workers)
-            while len(self.out) < self.most_out and not self.lifetime.has_failed:
+            while len(self.out) < self.most_out and self.lifetime.takes_more():
                 if not self.ready and not self.is_exhausted:
                     self.draw()
                 if not self.ready:
                     break
                 self.send(self.ready.popleft())
-        return bool(self.out)
+        return bool(self.out) or self.lifetime.is_over()  # of which there is a report
 
     def draw(self) -> None:
         """Draw the tasks of the next batches: of one, if a batch has one task.
@@ -1327,8 +1327,7 @@ class _Run:
 def _results(run: _Run) -> Generator[Any, None, None]:
     """Yield the results of a run: what `Joblib.setup` returns."""
     # Also if an interrupt keeps this from reaching its end.
-    end = weakref.finalize(run, run.lifetime.end)
-    end.atexit = False  # _at_exit does that
+    weakref.finalize(run, run.lifetime.end).atexit = False  # _at_exit does that
     error: BaseException | None = None
     try:
         if not run.start():
@@ -1353,7 +1352,8 @@ def _results(run: _Run) -> Generator[Any, None, None]:
             raise error
     finally:
         run.tasks_error = None
-        end()  # here, since Python drops an interrupt of what the collector calls
+        # Here, since Python drops an interrupt of what the collector calls.
+        run.lifetime.end()
         del error, run  # as its traceback refers to this frame
 
 
@@ -1410,6 +1410,14 @@ class _Lifetime:
             yield
         finally:
             self.is_at_work = False
+            if self.is_over():  # meanwhile, in another thread
+                self.engine.abort_everything(ensure_ready=False)
+
+    def is_over(self) -> bool:
+        return self.end_once.locked()
+
+    def takes_more(self) -> bool:
+        return not (self.has_failed or self.is_over())
 
     def end(self) -> None:
         """End the run, and wait for that if it is this thread's. May be repeated.
@@ -2651,9 +2659,11 @@ class _Pool:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.workers: list[_Worker] = []
         self.timer: Any = None
-        dismiss = weakref.finalize(self, _dismiss, self.jobs, self.workers)
-        dismiss.atexit = False
         _pools.add(self)
+
+    def __del__(self) -> None:
+        # A finalizer of weakref would do nothing once the interpreter exits.
+        _dismiss(self.jobs, self.workers)
 
     def submit(self, job: _Job) -> None:
         """Have a job done; start another worker, unless there are enough."""
