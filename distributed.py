@@ -2652,13 +2652,13 @@ class _Pool:
     """
 
     def __init__(self, key: Any, size: int, recipe: _Recipe) -> None:
-        _private(multiprocessing.process, "_children")  # which a fork will need
         self.key = key  # of what another run must want to be served, too
         self.size = size
         self.recipe = recipe
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.workers: list[_Worker] = []
         self.timer: Any = None
+        _private(multiprocessing.process, "_children")  # which a fork will need
         _pools.add(self)
 
     def __del__(self) -> None:

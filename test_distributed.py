@@ -7003,20 +7003,105 @@ def take_turns(benchmark, table, title, contenders, measure, rounds):
         )
 
 
-@pytest.mark.bench
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("title", WORKLOADS)
-def test_speed(benchmark, table, title):
-    workload, contenders = WORKLOADS[title]
-    function, tasks = workload()
+def timed(function, tasks):
+    """Return what tells how many seconds a contender takes for some tasks."""
 
     def measure(run):
         start = time.perf_counter()
         collections.deque(run(function, iter(tasks)), maxlen=0)
         return time.perf_counter() - start
 
+    return measure
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("title", WORKLOADS)
+def test_speed(benchmark, table, title):
+    workload, contenders = WORKLOADS[title]
+    function, tasks = workload()
     rounds = 9 if function is trivial else 5
-    take_turns(benchmark, table, title, contenders, measure, rounds)
+    take_turns(benchmark, table, title, contenders, timed(function, tasks), rounds)
+
+
+# What is measured on clusters of two workers with one thread each.
+
+
+@contextlib.contextmanager
+def on_dask():
+    yield functools.partial(Joblib.setup, backend="dask")
+
+
+@contextlib.contextmanager
+def map_of_dask():
+    client = importlib.import_module("dask.distributed")
+
+    def run(function, tasks):
+        futures = client.default_client().map(function, list(tasks), pure=False)
+        for future in client.as_completed(futures):
+            yield future.result()
+
+    yield run
+
+
+@contextlib.contextmanager
+def on_ray():
+    yield functools.partial(Joblib.setup, num_workers=2, backend="ray")
+
+
+class Actor:
+    def run(self, function, task):
+        return function(task)
+
+
+@contextlib.contextmanager
+def actors_of_ray():
+    ray = importlib.import_module("ray")
+    # They take no CPU of those that the workers of this module need.
+    kind = ray.remote(num_cpus=0)(by_value(Actor))
+    actors = importlib.import_module("ray.util").ActorPool(
+        [kind.remote(), kind.remote()]
+    )
+
+    def run(function, tasks):
+        def submit(actor, task):
+            return actor.run.remote(function, task)
+
+        return actors.map_unordered(submit, tasks)
+
+    yield run
+
+
+NAMES |= {
+    on_dask: "this module",
+    map_of_dask: "`client.map`, `as_completed`",
+    on_ray: "this module",
+    actors_of_ray: "two actors that are there already",
+}
+
+ON_CLUSTERS = {
+    "Dask, 20,000 trivial tasks": (
+        lambda: (trivial, range(20_000)),
+        [on_dask, map_of_dask],
+    ),
+    "Dask, 4,000 of 1 ms": (
+        lambda: (sum, [busy(1)] * 4000),
+        [this_module, on_dask],
+    ),
+    "Ray, 5,000 trivial tasks": (
+        lambda: (trivial, range(5000)),
+        [on_ray, actors_of_ray],
+    ),
+}
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("title", ON_CLUSTERS)
+def test_speed_on_clusters(request, benchmark, table, title):
+    request.getfixturevalue(title.partition(",")[0].lower())
+    workload, contenders = ON_CLUSTERS[title]
+    take_turns(benchmark, table, title, contenders, timed(*workload()), rounds=3)
 
 
 @pytest.mark.bench
