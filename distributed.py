@@ -1765,10 +1765,6 @@ def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any
     return error
 
 
-def _are_plain(values: list[Any]) -> bool:
-    return _PLAIN.issuperset(map(type, values))
-
-
 def _without_first_frame(error: BaseException) -> BaseException:
     """Let go of the frame that has caught *error*, which is to refer to it."""
     trace = error.__traceback__
@@ -1825,11 +1821,11 @@ class _Remote(_Engine):
         apart, so that it costs none of the others; in its place there is nothing, which
         cannot be unpickled.
         """
-        # To unpickle a task is part of the time that it may take.
-        apart = apart or not (self.limit is None or _are_plain(tasks))
         if not apart:
+            # To unpickle a task is part of the time that it may take.
+            only_plain = self.limit is not None
             with contextlib.suppress(Exception):
-                return bytes(self.dump(tasks, _TOGETHER))
+                return bytes(self.dump(tasks, _TOGETHER, only_plain))
         parts = []
         for index, task in enumerate(tasks):
             try:
@@ -3063,28 +3059,33 @@ def _worker_functions() -> types.SimpleNamespace:
 
     def make_dump(reducers: Any, by_name: bool = False) -> Any:
         """Return a function that pickles like joblib, by one pickler, as to make one is
-        slow. *by_name*: what is the program's own, as if it were of a module.
+        slow. *by_name*: what is the program's own, as if it were of a module. With
+        *only_plain*, what is more than values and containers of Python is an error.
         """
         reduction = importlib.import_module("joblib.externals.loky.backend.reduction")
         kind = reduction.get_loky_pickler()
+        override = getattr(kind, "reducer_override", None)  # LOKY_PICKLER may have none
 
-        class ByName(kind):  # type: ignore[misc, valid-type]
+        class Pickler(kind):  # type: ignore[misc, valid-type]
+            only_plain = False
+
             def reducer_override(self, value: Any) -> Any:
-                if isinstance(value, (type, types.FunctionType)):
+                if self.only_plain:
+                    raise pickle.PicklingError("it is not plain")
+                if by_name and isinstance(value, (type, types.FunctionType)):
                     found: Any = sys.modules.get("__main__")
                     for name in value.__qualname__.split("."):
                         found = getattr(found, name, None)
                     if found is value and value.__module__ == "__main__":
                         return NotImplemented
-                return super().reducer_override(value)
+                return override(self, value) if override else NotImplemented
 
         buffer = io.BytesIO()
-        pickler = (ByName if by_name else kind)(
-            buffer, reducers=reducers, protocol=pickle.HIGHEST_PROTOCOL
-        )
+        pickler = Pickler(buffer, reducers=reducers, protocol=pickle.HIGHEST_PROTOCOL)
 
-        def dump(value: Any, first: bytes = b"") -> bytes:
+        def dump(value: Any, first: bytes = b"", only_plain: bool = False) -> bytes:
             buffer.write(first)
+            pickler.only_plain = only_plain
             try:
                 pickler.dump(value)
                 return buffer.getvalue()

@@ -4598,6 +4598,21 @@ def test_what_makes_a_session_of_its_own_goes_on(processes, seconds, tmp_path):
     assert sleeping(seconds) == [sleeper]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_the_pickler_that_loky_is_told_to_use(program, monkeypatch, timeout):
+    monkeypatch.setenv("LOKY_PICKLER", "pickle")
+    source = f"""
+        from fractions import Fraction
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            tasks = [Fraction(-1, 3), Fraction(-2, 3)]
+            print(*sorted(Joblib.setup(abs, tasks, 2, timeout={timeout})))
+    """
+    assert output_of(program(source)) == "1/3 2/3\n"
+
+
 @pytest.mark.once
 def test_tasks_read_an_empty_standard_input(begun):
     source = """
