@@ -1821,9 +1821,9 @@ class _Remote(_Engine):
         apart, so that it costs none of the others; in its place there is nothing, which
         cannot be unpickled.
         """
-        if not apart:
-            # To unpickle a task is part of the time that it may take.
-            only_plain = self.limit is not None
+        # To unpickle a task is part of the time that it may take.
+        only_plain = self.limit is not None
+        if not (apart or (only_plain and type(tasks[0]) not in _PLAIN)):
             with contextlib.suppress(Exception):
                 return bytes(self.dump(tasks, _TOGETHER, only_plain))
         parts = []
@@ -1925,9 +1925,10 @@ class _Dask(_Remote):
             return False
         self.next_look = time.monotonic() + self.look_again
         before, self.workers = self.workers, max(2, sum(self.client.ncores().values()))
-        if self.workers != before:
-            self.hand_out_function()
-        return self.workers != before
+        if self.workers == before:
+            return False
+        self.hand_out_function()
+        return True
 
     def start_call(self) -> None:
         self.next_look = time.monotonic() + self.look_again
@@ -3215,14 +3216,13 @@ def _worker_functions() -> types.SimpleNamespace:
 
         def forget(self) -> None:
             """Let go of a function, and of all that came with it."""
-            if self.config is not None:
-                self.config.unregister()
+            if self.function is None:
+                return
+            self.config.unregister()
             if self.signs is not None:
                 self.signs.over.set()
-            was_there, self.function = self.function is not None, None
-            self.config = self.signs = None
-            if was_there:
-                gc.collect()
+            self.function = self.config = self.signs = None
+            gc.collect()
 
         def take(self, content: Any) -> bytes:
             """Keep a function for the batches to come; return a reply."""
