@@ -2254,7 +2254,8 @@ class _Processes(_Remote):
         self.function = _Function(self, payload)
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
-        self.submit(_Job(self.function, batch.data, len(batch.tasks)), callback=report)
+        job = _Job(self.function, batch.data, len(batch.tasks), batch.number)
+        self.submit(job, callback=report)
 
     def submit(self, func: Any, callback: Any = None) -> Any:
         if not isinstance(func, _Job):  # somebody has wrapped it
@@ -2418,6 +2419,8 @@ class _Function:
         self.message = b"".join((_FUNCTION, size, head, payload))
         self.limit = math.inf if limit is None else limit
         self.patience = max(self.limit, _START_PATIENCE)  # for a worker to start
+        self.returns_errors = engine.returns_errors
+        self.ends_at = math.inf  # the number of a batch whose failure ends the run
         self.is_over = False  # its run has ended: idle workers are to forget it
 
 
@@ -2426,10 +2429,13 @@ class _Job:
 
     report: Any = None
 
-    def __init__(self, function: Any, message: bytes, size: int) -> None:
+    def __init__(
+        self, function: Any, message: bytes, size: int, number: int = 0
+    ) -> None:
         self.function = function
         self.message = message
         self.size = size
+        self.number = number  # of the batch
 
     def __len__(self) -> int:
         return self.size
@@ -2520,6 +2526,8 @@ class _Worker:
         except Exception as error:
             function = job.function
             limit = function.limit if self.is_ready else function.patience
+            if not function.returns_errors:
+                function.ends_at = min(function.ends_at, job.number)
             return _Outcome(replies, self.bury_and_explain(error, limit))
         return _Outcome(replies)
 
@@ -2635,6 +2643,8 @@ def _attend(
             continue
         if job is None:
             break
+        if job.number > job.function.ends_at:
+            continue  # nobody will read of it, and it may take a fresh worker
         outcome = worker.outcome_of(job)
         job.report(outcome)
         del job, outcome

@@ -62,9 +62,10 @@ sys.modules[spec.name] = distributed
 spec.loader.exec_module(distributed)
 Joblib, SingleProcess = distributed.Joblib, distributed.SingleProcess
 
-# A shell that starts the tests in the background may have them ignore interrupts, and what
-# they start would, too.
+# A shell that starts the tests in the background may have them ignore signals, and what they
+# start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytestmark = [
     # CPython's advice, on each fork of multiprocessing, to a process that has threads.
@@ -992,6 +993,20 @@ def test_leaving_calls_off_what_is_queued(setup, tmp_path):
     (tmp_path / "go").touch()
     assert sorted(setup(abs, range(10))) == list(range(10))
     assert list((tmp_path / "late").iterdir()) == []
+
+
+@pytest.mark.parametrize("death", [KILL, "__import__('time').sleep(3600)"])
+def test_no_task_begins_after_a_death_or_time_out_that_ends_the_run(
+    processes, tmp_path, death
+):
+    late = [touch(tmp_path / str(task)) for task in range(5)]
+    options = {"batch_size": 1, "pre_dispatch": "all", "timeout": 1, "num_workers": 1}
+    results = processes(eval, [value(0), death, *late], **options)
+    assert next(results) == 0
+    # Nobody reads of it yet, and the attendant has come to the end of what it was given.
+    wait_until(lambda: all(pool.jobs.empty() for pool in distributed._pools))
+    assert list(tmp_path.iterdir()) == []
+    assert collect(results, BrokenExecutor, TimeoutError)[1] is not None
 
 
 def leave_by_break(results):
