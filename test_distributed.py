@@ -3,6 +3,10 @@
 The module is loaded under a name by which no worker could import it, so that a test fails if
 anything of it is pickled to a worker. Most tasks are expressions, run by `eval`: a function that
 every engine can send to its workers.
+
+After what several tests need, they stand in the order of the docstrings, under their words: the
+interface, the promises of `Joblib`, the arguments of its `setup`, what it raises. Then come Dask
+and Ray, the README, the soak, and the benchmarks.
 """
 
 import bdb
@@ -125,6 +129,10 @@ def workers_now():
     return {process.pid for process in multiprocessing.active_children()}
 
 
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
 def is_alive(pid):
     try:
         os.kill(pid, 0)
@@ -145,6 +153,133 @@ def collect(results, *errors):
     except errors as error:
         return received, error
     return received, None
+
+
+class Task:
+    """A task that can be referred to weakly."""
+
+
+class Model:
+    """Counts how often it is pickled; what a worker does is told by its results."""
+
+    pickled = 0
+
+    def __init__(self, data=None):
+        self.data = data
+        self.calls = 0
+
+    def __getstate__(self):
+        type(self).pickled += 1
+        return vars(self)
+
+    def objective(self, task):
+        time.sleep(0.002)
+        self.calls += 1
+        return os.getpid(), self.calls, task, self.data
+
+
+def by_value(cls):
+    """Return the class as if it were of the program: it travels by value."""
+    names = {"__name__": "__main__", "os": os, "time": time}
+    eval(compile(inspect.getsource(cls), "<by value>", "exec"), names)
+    return names[cls.__name__]
+
+
+BAD_RESULT = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
+
+
+FailedTask = distributed.FailedTask
+
+
+HAS_NOTES = sys.version_info >= (3, 11)
+
+
+# A function that takes expressions, and other tasks as they are; it travels by value.
+run = lambda task: eval(task, {}) if isinstance(task, str) else repr(task)
+
+
+LOCK = "__import__('_thread').allocate_lock()"
+
+
+EXIT_IN_PEACE = EXIT.replace("7", "0")
+
+
+def exiting(error):
+    """An expression that raises it, StopIteration as well: not by a generator."""
+    return f"exec({f'raise {error}'!r})"
+
+
+class CannotBePickled:
+    def __reduce__(self):
+        raise KeyError("stays here")
+
+
+class CannotBeUnpickled:
+    def __getstate__(self):
+        return {"key": 1}
+
+    def __setstate__(self, state):
+        raise KeyError("not here")
+
+    def call(self, task):
+        return task
+
+
+def logged(folder, number, expression=None):
+    """An expression for *number* that leaves a byte in a file of that name, first."""
+    path = str(folder / str(number))
+    expression = repr(number) if expression is None else expression
+    return f"(open({path!r}, 'ab', 0).write(b'x'), {expression})[1]"
+
+
+def times_run(folder):
+    return {int(path.name): path.stat().st_size for path in folder.iterdir()}
+
+
+def numbers_of(results):
+    """Return the numbers of tasks that failed, and what the others gave."""
+    failed = [result.number for result in results if isinstance(result, FailedTask)]
+    return failed, [result for result in results if not isinstance(result, FailedTask)]
+
+
+def slow(seconds, number=0):
+    return f"(__import__('time').sleep({seconds}), {number})[1]"
+
+
+def notes_of(error):
+    return getattr(error, "__notes__", [])
+
+
+PICKLING = {
+    "task to pickle": (CannotBePickled(), pickle.PicklingError),
+    "lock to pickle": (threading.Lock(), pickle.PicklingError),
+    "task to unpickle": (by_value(CannotBeUnpickled)(), pickle.UnpicklingError),
+    "result to pickle": (LOCK, pickle.PicklingError),
+    "result to unpickle": (BAD_RESULT, pickle.UnpicklingError),
+}
+
+
+def meet(folder, here, there):
+    """An expression for the worker's id, when one for *there* has begun as well."""
+    return f"({touch(folder / here)}, {await_path(folder / there)}, {PID})[2]"
+
+
+def meeting(folder, name):
+    """Two tasks that each need a worker, and return its id."""
+    folder = Path(folder, name)
+    folder.mkdir()
+    return [meet(folder, "one", "two"), meet(folder, "two", "one")]
+
+
+FAULTY = {
+    "a task that cannot be pickled": threading.Lock(),
+    "a task that cannot be unpickled": eval(BAD_RESULT),
+    "a result that cannot be pickled": LOCK,
+    "a result that cannot be unpickled": BAD_RESULT,
+}
+
+
+each_fault = pytest.mark.parametrize("bad", FAULTY.values(), ids=FAULTY)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,6 +391,207 @@ def stoppable_setup(request):
     return start(request, request.param)
 
 
+class CountingLoky(joblib.parallel.LokyBackend):
+    """Counts the batches that joblib makes."""
+
+    submitted: typing.ClassVar[list[int]] = []
+
+    def submit(self, func, callback=None):
+        self.submitted.append(len(func))
+        return super().submit(func, callback)
+
+
+class FailingThreading(joblib.parallel.ThreadingBackend):
+    """Takes four batches, and no more."""
+
+    taken = 0
+    reported: typing.ClassVar[list[object]] = []
+
+    def submit(self, func, callback=None):
+        self.taken += 1
+        if self.taken > 4:
+            raise OSError("no more")
+        return super().submit(
+            func, lambda outcome: self.reported.append(callback(outcome))
+        )
+
+
+def check_what_was_received_comes_first(setup, folder, fault, expected_error):
+    tasks = [touch(folder / str(task), task) for task in range(3)]
+    results = setup(eval, [*tasks, f"{await_path(folder / 'go')} or {fault}"])
+    received = [next(results)]
+    (lifetime,) = distributed._open_runs
+    inbox = lifetime.run().inbox
+    wait_until(lambda: inbox.reports.qsize() == 2)  # the other two have arrived
+    (folder / "go").touch()
+    rest, error = collect(results, expected_error)
+    assert sorted([*received, *rest]) == [0, 1, 2]
+    assert error is not None
+
+
+@pytest.fixture(params=PROCESSES)
+def processes(request):
+    """`Joblib.setup` on backends that give each run worker processes of its own."""
+    return start(request, request.param)
+
+
+@pytest.fixture(params=[*PROCESSES, *CLUSTERS])
+def pickling_setup(request):
+    """`Joblib.setup` on backends that pickle what they are given."""
+    return start(request, request.param)
+
+
+@pytest.fixture(params=[*PROCESSES, *CLUSTERS])
+def remembering(request):
+    """`Joblib.setup` on backends whose workers are sent the function once."""
+    return start(request, request.param)
+
+
+@pytest.fixture
+def fresh():
+    """Let no worker be idle that another test has left, and leave none."""
+    Joblib.shutdown()
+    yield
+    Joblib.shutdown()
+
+
+# ------------------------------------------------------------------------------------------------
+# Programs that use a copy, as people do
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Run a program, with a copy of the module in a package beside it."""
+    (tmp_path / "yourpackage").mkdir()
+    (tmp_path / "yourpackage" / "__init__.py").touch()
+    shutil.copy(FILE, tmp_path / "yourpackage")
+
+    with contextlib.ExitStack() as stack:
+
+        def start(source, *arguments, warnings="error"):
+            (tmp_path / "program.py").write_text(textwrap.dedent(source))
+            process = subprocess.Popen(
+                [sys.executable, "-W", warnings, "program.py", *map(str, arguments)],
+                cwd=tmp_path,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def output_of(process, status=0):
+    output, errors = process.communicate()
+    assert (errors, process.returncode) == ("", status)
+    return output
+
+
+INTERRUPTED = """
+    import multiprocessing, os, random, signal, sys, threading, time
+    from yourpackage.distributed import Joblib, _open_runs
+
+    def interrupt(delay):
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if __name__ == "__main__":
+        backend, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+        chance = random.Random(seed)
+        interrupts = 0
+        for _ in range(count):
+            thread = threading.Thread(target=interrupt, args=(chance.uniform(0, 0.3),))
+            try:
+                if backend != "multiprocessing":
+                    thread.start()
+                for result in Joblib.setup(time.sleep, [0.001] * 999, 2, backend=backend):
+                    if thread.ident is None:
+                        thread.start()  # not while this process forks
+                time.sleep(60)
+            except KeyboardInterrupt:
+                interrupts += 1
+            thread.join()
+            assert len(list(Joblib.setup(abs, range(20), 2, backend=backend))) == 20
+        while _open_runs:
+            time.sleep(0.01)
+        Joblib.shutdown()
+        left = multiprocessing.active_children()
+        print(interrupts, "interrupts,", len(left), "left")
+"""
+
+
+# loky, and each way in which multiprocessing starts a process.
+METHODS = ["loky", *multiprocessing.get_all_start_methods()]
+
+
+# How a program begins: its first argument is one of these.
+BEGIN = """
+import ctypes, itertools, multiprocessing, os, signal, subprocess, sys, threading
+import atexit, gc, pathlib, random, time, warnings
+from yourpackage.distributed import Joblib, _open_runs
+
+backend = "loky"
+if sys.argv[1:] and sys.argv[1] != "loky":
+    backend = "multiprocessing"
+    if __name__ == "__main__":
+        multiprocessing.set_start_method(sys.argv[1])
+"""
+
+
+@pytest.fixture(params=METHODS)
+def begun(program, request):
+    """Like `program`, on loky or on one of the start methods of multiprocessing."""
+
+    def start(source, *arguments, **options):
+        source = BEGIN + textwrap.dedent(source)
+        return program(source, request.param, *arguments, **options)
+
+    start.method = request.param
+    return start
+
+
+def is_running(pid):
+    """Tell whether a process goes on; one that nobody has waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def running(seconds, begin=".*"):
+    """Return the ids of the processes whose command is to sleep for *seconds*.
+
+    Those of a shell or of `timeout` count, unless the command is to *begin* with that.
+    """
+    command = f"{begin}sleep[\\0 ]{seconds}".encode()
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found = re.match(command, path.read_bytes(), re.DOTALL)
+            if found and is_running(path.parent.name):
+                pids.append(int(path.parent.name))
+    return pids
+
+
+def sleeping(seconds):
+    return running(seconds, begin="")
+
+
+@pytest.fixture
+def seconds():
+    """How long a `sleep` is to take, by which it is told from all others."""
+    seconds = f"{3600 + random.random():.9f}"
+    yield seconds
+    for pid in running(seconds):
+        os.kill(pid, signal.SIGKILL)
+
+
 # ------------------------------------------------------------------------------------------------
 # The interface
 
@@ -312,6 +648,15 @@ def test_get_backend_refuses(name):
     assert "'joblib'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["dask", "ray", "loky", "threading", "multiprocessing", "sequential"]
+)
+def test_the_name_of_an_engine_is_no_backend_and_the_hint_says_what_is(name):
+    with pytest.raises(ValueError, match=re.escape(repr(name))) as caught:
+        distributed.get_backend(name)
+    assert f"setup(..., backend={name!r})" in str(caught.value)
+
+
 def test_public_names():
     assert distributed.__all__ == [
         "DistributedBackend",
@@ -342,8 +687,68 @@ def test_single_process_ignores_options():
     assert list(results) == [2, 1]
 
 
+@pytest.mark.parametrize("arguments", [{"task_func": 5}, {"tasks": 5}])
+def test_bad_input_of_single_process_is_met_at_once(arguments):
+    with pytest.raises(TypeError, match=next(iter(arguments))):
+        SingleProcess.setup(**{"task_func": abs, "tasks": [1], **arguments})
+
+
+def test_single_process_raises_whatever_errors_says():
+    results = SingleProcess.setup(run, [value(0), "1 / 0"], errors="return")
+    received, error = collect(results, ZeroDivisionError)
+    assert received == [0]
+    assert error is not None
+    with pytest.raises(SystemExit):
+        list(SingleProcess.setup(run, [raising("SystemExit()")], errors="return"))
+
+
+@pytest.mark.parametrize("expression", ["SystemExit(4)", "KeyboardInterrupt()"])
+@pytest.mark.parametrize(
+    "setup", [SingleProcess.setup, functools.partial(Joblib.setup, num_workers=1)]
+)
+def test_in_this_process_it_is_what_the_program_has_raised(setup, expression):
+    tasks = [value(0), raising(expression)]
+    received, error = collect(setup(run, tasks), SystemExit, KeyboardInterrupt)
+    assert received == [0]
+    assert repr(error) == expression.replace("KeyboardInterrupt()", repr(error))
+
+
+def one_worker(*arguments, **options):
+    return Joblib.setup(*arguments, num_workers=1, **options)
+
+
+def sequential(*arguments, **options):
+    return Joblib.setup(*arguments, backend="sequential", **options)
+
+
+@pytest.mark.parametrize(
+    ("engine", "errors"),
+    [
+        (SingleProcess.setup, "raise"),
+        (one_worker, "raise"),  # with "return", it is another process
+        (sequential, "raise"),
+        (sequential, "return"),
+    ],
+)
+def test_neither_task_nor_result_is_held_while_the_next_is_computed(engine, errors):
+    tasks, results, counts = weakref.WeakSet(), weakref.WeakSet(), []
+
+    def made(kept):
+        item = Task()
+        kept.add(item)
+        return item
+
+    def function(task):
+        counts.append((len(tasks), len(results)))
+        return made(results)
+
+    drawn = (made(tasks) for _ in range(9))
+    collections.deque(engine(function, drawn, errors=errors), maxlen=0)
+    assert counts == [(1, 0)] * 9
+
+
 # ------------------------------------------------------------------------------------------------
-# Promises
+# Lazy
 
 
 def test_nothing_happens_before_the_first_result(setup):
@@ -358,39 +763,8 @@ def test_nothing_happens_before_the_first_result(setup):
     assert drawn == [-1, -2]
 
 
-@pytest.mark.alike
-def test_tasks_are_drawn_in_the_thread_and_context_of_the_consumer(setup):
-    variable = contextvars.ContextVar("variable")
-    variable.set("consumer's")
-    inside = False
-    seen = []
-
-    def tasks():
-        for task in range(50):
-            seen.append((threading.get_ident(), variable.get(None), inside))
-            yield task
-
-    results = setup(abs, tasks())
-    for _ in range(50):
-        inside = True
-        next(results)
-        inside = False
-    assert next(results, None) is None
-    assert set(seen) == {(threading.get_ident(), "consumer's", True)}
-
-
-@pytest.mark.locally
-def test_a_database_cursor_can_feed(setup):
-    with contextlib.closing(sqlite3.connect(":memory:")) as database:
-        counting = "SELECT 0 UNION ALL SELECT n + 1 FROM r WHERE n < 99"
-        rows = f"WITH RECURSIVE r(n) AS ({counting}) SELECT n FROM r"
-        assert sorted(setup(sum, database.execute(rows))) == list(range(100))
-
-
-def test_as_many_tasks_run_at_once_as_there_are_workers(setup, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    tasks = [f"({touch(one)}, {await_path(two)})", f"({touch(two)}, {await_path(one)})"]
-    assert len(list(setup(eval, tasks))) == 2
+# ------------------------------------------------------------------------------------------------
+# Bounded
 
 
 @pytest.mark.parametrize(
@@ -431,6 +805,24 @@ def test_bounded(setup, tmp_path, return_as, batch_size, pre_dispatch):
     results.close()
 
 
+@pytest.mark.parametrize("backend", LOCAL)
+def test_bounded_whatever_fails(backend):
+    drawn = 0
+
+    def tasks():
+        nonlocal drawn
+        for number in itertools.count():
+            drawn += 1
+            yield value(number) if number % 3 else "1 / 0"
+
+    options = {"errors": "return", "batch_size": 1, "return_as": "generator"}
+    results = Joblib.setup(run, tasks(), 2, backend=backend, **options)
+    for handed_out in range(1, 61):
+        next(results)
+        assert drawn <= handed_out + 4
+    results.close()
+
+
 @pytest.mark.locally
 def test_ask_and_tell(setup):
     asked, told, lags = 0, 0, []
@@ -462,503 +854,42 @@ def test_a_result_is_not_held_back_by_slow_tasks(setup):
     assert received == {0, 1, 2, 3, 4}
 
 
-def test_results_come_as_they_complete(setup, tmp_path):
-    results = setup(eval, [await_path(tmp_path / "go", "slow"), value("quick")])
-    assert next(results) == "quick"
-    (tmp_path / "go").touch()
-    assert list(results) == ["slow"]
-
-
-def test_results_in_order(setup, tmp_path):
-    # The first to complete is not the first in order.
-    first, second = await_path(tmp_path / "go", 0), touch(tmp_path / "go", 1)
-    tasks = [first, second, *map(value, range(2, 20))]
-    assert list(setup(eval, tasks, return_as="generator", batch_size=1)) == list(
-        range(20)
-    )
-
-
-class CountingLoky(joblib.parallel.LokyBackend):
-    """Counts the batches that joblib makes."""
-
-    submitted: typing.ClassVar[list[int]] = []
-
-    def submit(self, func, callback=None):
-        self.submitted.append(len(func))
-        return super().submit(func, callback)
-
-
-def test_sizes_of_batches():
-    CountingLoky.submitted.clear()
-    results = Joblib.setup(abs, range(400_000), num_workers=2, backend=CountingLoky())
-    assert sum(1 for _ in results) == sum(CountingLoky.submitted) == 400_000
-    assert len(CountingLoky.submitted) < 4000
-    assert max(CountingLoky.submitted) <= 8192  # joblib would go on, and take up memory
-    CountingLoky.submitted.clear()
-    results = Joblib.setup(
-        abs, range(70), num_workers=2, batch_size=7, backend=CountingLoky()
-    )
-    assert len(list(results)) == 70
-    assert max(CountingLoky.submitted) == 7
-
-
-def test_an_error_of_a_task(any_setup):
-    results = any_setup(
-        eval, [value(1), value(2), raising("KeyError('key', 3)"), value(4)]
-    )
-    received, error = collect(results, Exception)
-    assert received == [1, 2]
-    assert type(error) is KeyError
-    assert error.args == ("key", 3)
-    assert list(results) == []
-
-
-@pytest.mark.alike
-def test_an_error_of_a_task_has_the_traceback_of_the_worker(setup):
-    _, error = collect(setup(eval, [raising("KeyError()")]), KeyError)
-    if setup.keywords["backend"] == "threading":
-        assert error.__cause__ is None
-        assert "<genexpr>" in "".join(traceback.format_exception(error))
-    else:
-        assert "<genexpr>" in str(error.__cause__)
-
-
-class FailingThreading(joblib.parallel.ThreadingBackend):
-    """Takes four batches, and no more."""
-
-    taken = 0
-    reported: typing.ClassVar[list[object]] = []
-
-    def submit(self, func, callback=None):
-        self.taken += 1
-        if self.taken > 4:
-            raise OSError("no more")
-        return super().submit(
-            func, lambda outcome: self.reported.append(callback(outcome))
-        )
-
-
-def test_an_error_of_the_backend_comes_after_what_was_received_before():
-    FailingThreading.reported.clear()
-    results = Joblib.setup(abs, range(10), num_workers=2, backend=FailingThreading())
-    received = [next(results)]
-    wait_until(lambda: len(FailingThreading.reported) == 4)
-    rest, error = collect(results, OSError)
-    assert sorted([*received, *rest]) == [0, 1, 2, 3]
-    assert error.args == ("no more",)
-
-
-def check_what_was_received_comes_first(setup, folder, fault, expected_error):
-    tasks = [touch(folder / str(task), task) for task in range(3)]
-    results = setup(eval, [*tasks, f"{await_path(folder / 'go')} or {fault}"])
-    received = [next(results)]
-    (lifetime,) = distributed._open_runs
-    inbox = lifetime.run().inbox
-    wait_until(lambda: inbox.reports.qsize() == 2)  # the other two have arrived
-    (folder / "go").touch()
-    rest, error = collect(results, expected_error)
-    assert sorted([*received, *rest]) == [0, 1, 2]
-    assert error is not None
-
-
-@pytest.mark.alike
-def test_an_error_comes_after_what_was_received_before(setup, tmp_path):
-    setup = functools.partial(setup, batch_size=1)
-    check_what_was_received_comes_first(setup, tmp_path, "1 / 0", ZeroDivisionError)
-
-
-@pytest.mark.alike
-def test_a_stop_iteration_of_a_task_is_an_error(any_setup):
-    received, error = collect(any_setup(eval, [value(1), "next(iter([]))"]), Exception)
-    assert received == [1]
-    assert type(error) is RuntimeError
-    assert type(error.__cause__) is StopIteration
-
-
-@pytest.mark.locally
-@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"batch_size": 7}])
-def test_an_error_of_the_tasks_comes_after_all_results(any_setup, options):
-    def tasks():
-        yield from range(30)
-        raise LookupError("no more", 30)
-
-    received, error = collect(any_setup(abs, tasks(), **options), LookupError)
-    assert received == list(range(30))
-    assert error.args == ("no more", 30)
-
-
-@pytest.mark.locally
-@pytest.mark.parametrize("options", [{}, {"pre_dispatch": "all"}])
-def test_tasks_may_raise_what_ends_a_generator(any_setup, options):
-    def tasks():
-        yield -1
-        raise GeneratorExit
-
-    received, error = collect(any_setup(abs, tasks(), **options), GeneratorExit)
-    assert received == [1]
-    assert error is not None
-
-
-@pytest.mark.locally
-def test_an_interrupt_of_the_tasks_comes_at_once(setup):
-    def tasks():
-        yield value(1)
-        raise KeyboardInterrupt
-
-    received, error = collect(setup(eval, tasks()), KeyboardInterrupt)
-    assert error is not None
-    assert received == []
-    assert sorted(setup(abs, [-1, -2])) == [1, 2]
-
-
-@pytest.mark.parametrize("depth", [2, pytest.param(3, marks=pytest.mark.locally)])
-@pytest.mark.parametrize(
-    "return_as",
-    [pytest.param("generator", marks=pytest.mark.locally), "generator_unordered"],
-)
-def test_runs_can_be_chained(setup, depth, return_as):
-    stage = iter(range(200))
-    for _ in range(depth):
-        stage = setup(abs, stage, return_as=return_as)
-    assert Counter(stage) == Counter(range(200))
-
-
-@pytest.mark.locally
-def test_runs_can_be_interleaved(setup):
-    one, two = setup(abs, range(100)), setup(abs, range(100, 200))
-    pairs = list(zip(one, two, strict=True))
-    assert sorted(itertools.chain(*pairs)) == list(range(200))
-
-
-@pytest.mark.slow
-def test_runs_with_other_options_overlap(tmp_path):
-    options = [
-        {},
-        {"max_nbytes": None, "num_workers": 3},
-        {"temp_folder": str(tmp_path), "mmap_mode": "c"},
-        {"num_workers": 1},
-    ]
-    runs = [
-        Joblib.setup(abs, range(100), **{"num_workers": 2, **more}) for more in options
-    ]
-    for _ in range(10):
-        for run in runs:
-            next(run)
-    assert [len(list(run)) for run in runs] == [90] * 4
-
-
-def pids_of(**options):
-    """Return the ids of two workers: each has a task, which waits for that of the other."""
-    with tempfile.TemporaryDirectory() as folder:
-        met = f"len(__import__('os').listdir({folder!r})) == 2"
-        wait = f"[*iter(lambda: {met} or __import__('time').sleep(0.01), True)]"
-        tasks = [f"({mark(folder)}, {wait}, {PID})[2]"] * 2
-        options = {"num_workers": 2, "batch_size": 1} | options
-        return set(Joblib.setup(eval, tasks, **options))
-
-
-def test_a_backend_that_is_in_use_is_not_disturbed():
-    backend = joblib.parallel.ThreadingBackend()
-    with joblib.Parallel(n_jobs=2, backend=backend) as parallel:
-        for _ in range(2):
-            assert parallel(joblib.delayed(abs)(-task) for task in range(9)) == [
-                *range(9)
-            ]
-            assert len(list(Joblib.setup(abs, range(9), 2, backend=backend))) == 9
-
-
-def test_a_clock_that_stands_still(monkeypatch):
-    clock = types.SimpleNamespace(monotonic=lambda: 5.0)
-    monkeypatch.setattr(distributed, "time", clock)
-    results = Joblib.setup(abs, range(300), 2, backend="threading")
-    assert sorted(itertools.islice(results, 300)) == list(range(300))
-
-
-def test_idle_workers_keep_nothing_of_a_run():
-    array = numpy.zeros(300_000)
-    reference = weakref.ref(array)
-    assert list(Joblib.setup(numpy.sum, [array] * 9, 2)) == [0] * 9
-    del array
-    gc.collect()
-    assert reference() is None
-
-
-@pytest.mark.slow
-def test_idle_workers_are_kept_for_the_next_run():
-    Joblib.shutdown()
-    pids = pids_of()
-    assert pids_of(max_nbytes=None, temp_folder="/tmp") == pids
-    assert pids_of(initializer=exec, initargs=("",)).isdisjoint(pids)
-    assert pids_of() == pids
-    assert set(map(is_alive, pids)) == {True}
-    Joblib.shutdown()
-    assert set(map(is_alive, pids)) == {False}
-    assert pids_of().isdisjoint(pids)
-
-
-@pytest.mark.slow
-def test_idle_workers_are_kept_across_nested_loops_and_chains():
-    def pid(task):
-        time.sleep(0.01)
-        return task, os.getpid()
-
-    setup = functools.partial(Joblib.setup, pid, num_workers=2, batch_size=1)
-    Joblib.shutdown()
-    inner = [{pid for _, pid in setup(range(20))} for _ in setup(range(3))]
-    assert inner == inner[:1] * 3
-    chains = [{item for item in next(setup(setup(range(9))))} for _ in range(3)]
-    assert chains
-    assert len(distributed._idle_pools) <= 3
-
-
-@pytest.mark.parametrize("change", ["environment", "directory", "path"])
-def test_workers_are_not_kept_for_other_surroundings(monkeypatch, tmp_path, change):
-    seen = "__import__('os').environ.get('LEVEL'), __import__('os').getcwd(), __import__('sys').path[-1]"
-    assert len(set(Joblib.setup(eval, [seen] * 9, num_workers=2))) == 1
-    monkeypatch.setenv("LEVEL", "2") if change == "environment" else None
-    monkeypatch.chdir(tmp_path) if change == "directory" else None
-    monkeypatch.setattr(
-        sys, "path", [*sys.path, str(tmp_path)]
-    ) if change == "path" else None
-    expected = (os.environ.get("LEVEL"), os.getcwd(), sys.path[-1])
-    assert set(Joblib.setup(eval, [seen] * 9, num_workers=2)) == {expected}
-
-
-@pytest.mark.slow
-def test_a_directory_that_is_gone_after_a_short_run(program, tmp_path):
-    source = """
-        import os, tempfile
-        from yourpackage.distributed import Joblib
-
-        if __name__ == "__main__":
-            root = os.getcwd()
-            for _ in range(3):
-                with tempfile.TemporaryDirectory() as folder:
-                    os.chdir(folder)
-                    assert list(Joblib.setup(abs, [-1], num_workers=4)) == [1]
-                    os.chdir(root)
-    """
-    assert output_of(program(source)) == ""
-
-
-@pytest.mark.slow
-def test_runs_leave_nothing(program):
-    source = """
-        import collections, gc, os, sys
-        from yourpackage.distributed import Joblib
-
-        def count():
-            gc.collect()
-            kinds = collections.Counter(type(item).__name__ for item in gc.get_objects())
-            ours = {name: kinds[name] for name in ("_Run", "_Pool", "_Files", "_Source", "Parallel")}
-            own = [name for name in os.listdir("/dev/shm") if str(os.getpid()) in name]
-            return ours, len(os.listdir("/proc/self/fd")), len(own)
-
-        if __name__ == "__main__":
-            backend = sys.argv[1]
-            options = {"backend": backend, "max_nbytes": 10}
-            def run():
-                numpy = __import__("numpy")
-                arrays = [numpy.zeros(99) for _ in range(9)]
-                assert sum(Joblib.setup(numpy.sum, arrays, 2, **options)) == 0
-                for _ in Joblib.setup(numpy.sum, arrays * 9, 2, batch_size=1, **options):
-                    break
-                assert len(list(Joblib.setup(abs, range(9), 2, **options))) == 9
-            run()
-            before = count()
-            for _ in range(2):
-                run()
-            after = count()
-            print(after == before or (before, after))
-    """
-    for backend in ("loky", "multiprocessing"):
-        assert output_of(program(source, backend)) == "True\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", distributed._PRIVATE_NAMES)
-def test_a_private_name_that_has_vanished_is_a_clear_error(program, name):
-    source = """
-        import sys
-        from yourpackage import distributed
-
-        def hide(owner, name, *default):
-            if name == sys.argv[1]:
-                raise AttributeError(name)
-            return getattr(owner, name, *default)
-
-        if __name__ == "__main__":
-            distributed.getattr = hide
-            try:
-                print(list(distributed.Joblib.setup(abs, range(99), 2, return_as="generator")))
-            except RuntimeError as error:
-                print(error)
-    """
-    output = output_of(program(source, name))
-    assert output.startswith(f"{name}, which is needed "), output
-
-
-@pytest.mark.locally
-def test_a_run_can_be_read_by_one_thread_after_another(setup):
-    results = setup(abs, range(100))
-    received = []
-    for _ in range(10):
-        thread = threading.Thread(
-            target=lambda: received.extend(itertools.islice(results, 9))
-        )
-        thread.start()
-        thread.join()
-    received.extend(results)
-    assert sorted(received) == list(range(100))
-
-
-@pytest.mark.locally
-def test_runs_can_be_read_in_threads(setup):
-    received = []
-
-    def read():
-        received.append(sum(setup(abs, range(100))))
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert received == [4950] * 4
-
-
-@pytest.mark.locally
-def test_a_run_can_be_closed_in_another_thread(stoppable_setup, tmp_path):
-    results = stoppable_setup(eval, [value(1), *[block(tmp_path)] * 9])
-    reader = threading.Thread(target=next, args=(results,))
-    reader.start()
-    reader.join()
-    wait_until(lambda: len(pids_in(tmp_path)) >= 1)
-    results.close()
-    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
-
-
-def run_in_threads(count):
-    return sum(Joblib.setup(abs, range(count), num_workers=2, backend="threading"))
-
-
-def test_a_run_can_be_started_in_a_task():
-    results = Joblib.setup(
-        run_in_threads, [10, 20, 30], num_workers=2, backend="threading"
-    )
-    assert sorted(results) == [45, 190, 435]
-
-
-def disturb_by_error(setup, folder):
-    assert collect(setup(eval, [raising("KeyError()")] * 4), KeyError)[1] is not None
-
-
-def disturb_by_closing(setup, folder):
-    results = setup(abs, itertools.count(), batch_size=1)
+def test_batches_are_handed_over_while_the_consumer_is_elsewhere(tmp_path):
+    tasks = [touch(tmp_path / str(number)) for number in range(40)]
+    results = Joblib.setup(eval, tasks, num_workers=2, batch_size=1, pre_dispatch="all")
     next(results)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 40)
     results.close()
 
 
-def disturb_by_timeout(setup, folder):
-    with pytest.raises(TimeoutError):
-        next(setup(eval, [await_path(folder / "never")] * 2, timeout=0.1))
-    (folder / "never").touch()  # where it cannot be stopped
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_tasks_are_freed_when_they_have_been_run(batch_size):
+    alive = weakref.WeakSet()
 
+    def tasks():
+        for _ in range(50):
+            task = Task()
+            alive.add(task)
+            yield task
+            del task
 
-@pytest.mark.parametrize(
-    "disturb",
-    [
-        pytest.param(disturb_by_error, marks=pytest.mark.alike),
-        pytest.param(disturb_by_closing, marks=pytest.mark.alike),
-        disturb_by_timeout,
-    ],
-)
-@pytest.mark.parametrize(
-    "return_as",
-    [pytest.param("generator", marks=pytest.mark.locally), "generator_unordered"],
-)
-def test_runs_do_not_disturb_each_other(setup, tmp_path, disturb, return_as):
-    tasks = [value(0), await_path(tmp_path / "go", 1), *map(value, range(2, 30))]
-    run = setup(eval, tasks, batch_size=1, return_as=return_as)
-    received = [next(run)]
-    disturb(setup, tmp_path)  # while it is at work
-    (tmp_path / "go").touch()
-    received.extend(run)
-    assert sorted(received) == list(range(30))
-    assert return_as == "generator_unordered" or received == list(range(30))
-
-
-@pytest.fixture(params=PROCESSES)
-def processes(request):
-    """`Joblib.setup` on backends that give each run worker processes of its own."""
-    return start(request, request.param)
-
-
-@pytest.mark.slow
-def test_each_run_has_workers_of_its_own(processes):
-    def run(number, workers):
-        prepared = f"import os; os.environ['NUMBER'] = '{number}'"
-        seen = f"({PID}, __import__('os').environ['NUMBER'])"
-        tasks = [f"(__import__('time').sleep(0.01), {seen})[1]"] * 50
-        options = {"initializer": exec, "initargs": (prepared,), "batch_size": 1}
-        return processes(eval, tasks, num_workers=workers, **options)
-
-    counts = [2, 3, 2]
-    runs = list(itertools.starmap(run, enumerate(counts)))
-    for _ in range(10):
-        seen = [{next(results)} for results in runs]
-    for number, results in enumerate(runs):
-        seen[number].update(results)
-        assert {value for _, value in seen[number]} == {str(number)}
-        assert 1 <= len(seen[number]) <= counts[number]
-    pids = [{pid for pid, _ in pairs} for pairs in seen]
-    assert len(set().union(*pids)) == sum(map(len, pids))
-
-
-def test_a_run_that_is_left_stops_though_others_go_on(processes, tmp_path):
-    (tmp_path / "pids").mkdir()
-    other = processes(eval, [value(0), await_path(tmp_path / "go", 1)])
-    received = [next(other)]
-    left = processes(eval, [value(0), *[block(tmp_path / "pids")] * 9])
-    assert next(left) == 0
-    wait_until(lambda: pids_in(tmp_path / "pids"))
-    left.close()
-    assert not any(map(is_alive, pids_in(tmp_path / "pids")))
-    (tmp_path / "go").touch()
-    assert [*received, *other] == [0, 1]
-
-
-def test_leaving_calls_off_what_is_queued(setup, tmp_path):
-    (tmp_path / "late").mkdir()
-    (tmp_path / "pids").mkdir()
-    stuck = [f"{mark(tmp_path / 'pids')} or {await_path(tmp_path / 'go')}"] * 2
-    late = [touch(tmp_path / "late" / str(task)) for task in range(20)]
-    results = setup(eval, stuck + late, pre_dispatch="all", batch_size=1, timeout=0.5)
-    with pytest.raises(TimeoutError):
+    options = {"backend": "threading", "batch_size": batch_size}
+    results = Joblib.setup(bool, tasks(), 2, **options)
+    for _ in range(12):
         next(results)
-    if setup.keywords["backend"] == "ray":  # which stops its workers in its own time
-        wait_until(lambda: not any(map(is_alive, pids_in(tmp_path / "pids"))))
-    if setup.keywords["backend"] == "dask":  # whose workers hear of it a moment later
-        queued = eval("lambda dask_worker: len(dask_worker.state.ready)")
-        client = importlib.import_module("dask.distributed").get_client()
-        wait_until(lambda: not any(client.run(queued).values()))
-    (tmp_path / "go").touch()
-    assert sorted(setup(abs, range(10))) == list(range(10))
-    assert list((tmp_path / "late").iterdir()) == []
+    # Those that are out, and of larger batches one more for each worker.
+    assert len(alive) <= batch_size * (4 if batch_size == 1 else 6)
+    assert len(list(results)) == 38
+    assert not alive
 
 
-@pytest.mark.parametrize("death", [KILL, "__import__('time').sleep(3600)"])
-def test_no_task_begins_after_a_death_or_time_out_that_ends_the_run(
-    processes, tmp_path, death
-):
-    late = [touch(tmp_path / str(task)) for task in range(5)]
-    options = {"batch_size": 1, "pre_dispatch": "all", "timeout": 1, "num_workers": 1}
-    results = processes(eval, [value(0), death, *late], **options)
-    assert next(results) == 0
-    # Nobody reads of it yet, and the attendant has come to the end of what it was given.
-    wait_until(lambda: all(pool.jobs.empty() for pool in distributed._pools))
-    assert list(tmp_path.iterdir()) == []
-    assert collect(results, BrokenExecutor, TimeoutError)[1] is not None
+@pytest.mark.alike
+def test_there_may_be_more_tasks_than_a_length_can_say(setup):
+    assert next(setup(abs, range(10**30))) in range(4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Ends cleanly: a run that is left
 
 
 def leave_by_break(results):
@@ -1000,6 +931,8 @@ LEAVE = [
     leave_by_error,
     leave_by_collection,
 ]
+
+
 LEAVE_AGAIN = [
     leave_by_break,
     *(pytest.param(leave, marks=pytest.mark.locally) for leave in LEAVE[1:]),
@@ -1041,6 +974,39 @@ def test_leaving_is_silent_whatever_is_queued(tmp_path, pre_dispatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_leaving_calls_off_what_is_queued(setup, tmp_path):
+    (tmp_path / "late").mkdir()
+    (tmp_path / "pids").mkdir()
+    stuck = [f"{mark(tmp_path / 'pids')} or {await_path(tmp_path / 'go')}"] * 2
+    late = [touch(tmp_path / "late" / str(task)) for task in range(20)]
+    results = setup(eval, stuck + late, pre_dispatch="all", batch_size=1, timeout=0.5)
+    with pytest.raises(TimeoutError):
+        next(results)
+    if setup.keywords["backend"] == "ray":  # which stops its workers in its own time
+        wait_until(lambda: not any(map(is_alive, pids_in(tmp_path / "pids"))))
+    if setup.keywords["backend"] == "dask":  # whose workers hear of it a moment later
+        queued = eval("lambda dask_worker: len(dask_worker.state.ready)")
+        client = importlib.import_module("dask.distributed").get_client()
+        wait_until(lambda: not any(client.run(queued).values()))
+    (tmp_path / "go").touch()
+    assert sorted(setup(abs, range(10))) == list(range(10))
+    assert list((tmp_path / "late").iterdir()) == []
+
+
+@pytest.mark.parametrize("death", [KILL, "__import__('time').sleep(3600)"])
+def test_no_task_begins_after_a_death_or_time_out_that_ends_the_run(
+    processes, tmp_path, death
+):
+    late = [touch(tmp_path / str(task)) for task in range(5)]
+    options = {"batch_size": 1, "pre_dispatch": "all", "timeout": 1, "num_workers": 1}
+    results = processes(eval, [value(0), death, *late], **options)
+    assert next(results) == 0
+    # Nobody reads of it yet, and the attendant has come to the end of what it was given.
+    wait_until(lambda: all(pool.jobs.empty() for pool in distributed._pools))
+    assert list(tmp_path.iterdir()) == []
+    assert collect(results, BrokenExecutor, TimeoutError)[1] is not None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "blocked"),
@@ -1067,6 +1033,75 @@ def test_leaving_a_chain_stops_all_of_it(tmp_path, backend, blocked, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.alike
+def test_closing_lets_go_of_the_tasks(setup):
+    ended = threading.Event()
+
+    def tasks():
+        try:
+            yield from itertools.count()
+        finally:
+            ended.set()
+
+    results = setup(abs, tasks())
+    next(results)
+    results.close()
+    assert ended.is_set()
+
+
+@pytest.mark.locally
+def test_a_run_can_be_closed_in_another_thread(stoppable_setup, tmp_path):
+    results = stoppable_setup(eval, [value(1), *[block(tmp_path)] * 9])
+    reader = threading.Thread(target=next, args=(results,))
+    reader.start()
+    reader.join()
+    wait_until(lambda: len(pids_in(tmp_path)) >= 1)
+    results.close()
+    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
+
+
+@pytest.mark.slow
+def test_leaving_while_much_is_queued(program):
+    source = """
+        import itertools, time
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            for task_func, pre_dispatch in (time.sleep, 99), (int, "all"):
+                results = Joblib.setup(
+                    task_func, [0.001] * 9999, 2, batch_size=1, pre_dispatch=pre_dispatch
+                )
+                next(results)
+                results.close()
+            print("left")
+    """
+    assert output_of(program(source)) == "left\n"
+
+
+@pytest.mark.slow
+def test_leaving_while_other_threads_compute(program):
+    source = """
+        import itertools, threading
+        from yourpackage.distributed import Joblib
+
+        def compute():
+            while not done:
+                pass
+
+        if __name__ == "__main__":
+            done = False
+            threads = [threading.Thread(target=compute) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            results = Joblib.setup(abs, itertools.count(), num_workers=2)
+            next(results)
+            results.close()
+            done = True
+            print("left")
+    """
+    assert output_of(program(source)) == "left\n"
+
+
 class Search:
     """Draws tasks that may depend on its own results."""
 
@@ -1091,31 +1126,195 @@ def test_a_run_that_its_tasks_refer_to_is_collected(stoppable_setup, tmp_path):
     wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
 
 
-def test_a_fork_cannot_end_a_run(tmp_path):
-    arrays = (numpy.full(300_000, task) for task in range(30))
-    results = Joblib.setup(numpy.max, arrays, num_workers=2, batch_size=1)
-    received = [next(results)]
-    if (child := os.fork()) == 0:
-        results.close()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert sorted([*received, *results]) == list(range(30))
+class Knowing:
+    """A function that refers to its own run."""
+
+    def __init__(self, setup, tasks):
+        self.results = setup(self.work, tasks)
+
+    def work(self, task):
+        return eval(task)
+
+    def __getstate__(self):
+        return {}  # a generator cannot be sent
 
 
-@pytest.mark.alike
-def test_closing_lets_go_of_the_tasks(setup):
+@pytest.mark.once
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_run_that_its_function_refers_to_is_collected(name, request, tmp_path):
     ended = threading.Event()
 
     def tasks():
         try:
-            yield from itertools.count()
+            yield from map(value, itertools.count())
         finally:
             ended.set()
 
-    results = setup(abs, tasks())
-    next(results)
-    results.close()
-    assert ended.is_set()
+    kind = Knowing if name == "threading" else by_value(Knowing)
+    knowing = kind(start(request, name), tasks())
+    next(knowing.results)
+    reference = weakref.ref(knowing)
+    del knowing
+    # Threads hold the function for as long as they are busy with it.
+    wait_until(lambda: gc.collect() >= 0 and reference() is None)
+    wait_until(ended.is_set)
+    wait_until(lambda: not distributed._open_runs)
+
+
+@pytest.fixture(params=LOCAL)
+def any_local_setup(request):
+    return start(request, request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["main", "thread"])
+@pytest.mark.parametrize("collector", ["main", "thread"])
+def test_the_collector_does_not_decide_the_order(
+    any_local_setup, reader, collector, capfd
+):
+    def run(function):
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
+    cycle = [any_local_setup(abs, itertools.count())]
+    gc.collect(0)  # now that generator is older than the one of joblib
+    read = functools.partial(next, cycle[0])
+    read() if reader == "main" else run(read)
+    cycle.append(cycle)  # for the garbage collector alone
+    del read, cycle
+    gc.collect() if collector == "main" else run(gc.collect)
+    assert sorted(any_local_setup(abs, [-1, -2, -3])) == [1, 2, 3]
+    wait_until(lambda: not distributed._open_runs)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_left_in_a_thread_that_has_ended_is_collected_in_silence(capfd):
+    cycle = [
+        Joblib.setup(
+            bytes,
+            [4_000_000] * 60,
+            4,
+            backend="multiprocessing",
+            batch_size=3,
+            pre_dispatch="all",
+        )
+    ]
+    cycle.append(cycle)  # for the garbage collector alone
+    thread = threading.Thread(target=next, args=(cycle[0],))
+    thread.start()
+    thread.join()
+    del thread, cycle
+    gc.collect()
+    wait_until(lambda: not distributed._open_runs)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_that_is_collected_while_another_uses_the_pool_is_not_waited_for(
+    monkeypatch,
+):
+    assert distributed._open_runs == set()
+    cycle = [Joblib.setup(abs, range(99), num_workers=2, batch_size=1)]
+    cycle.append(cycle)  # for the garbage collector alone
+    next(cycle[0])
+    (forsaken,) = distributed._open_runs
+    waits = []
+    monkeypatch.setattr(forsaken.ended, "wait", lambda **options: waits.append(options))
+    results = Joblib.setup(abs, range(9), num_workers=2, batch_size=1)
+    first = next(results)
+    submit = distributed._Pool.submit
+
+    def collect(pool, data):
+        gc.collect()
+        return submit(pool, data)
+
+    monkeypatch.setattr(distributed._Pool, "submit", collect)
+    gc.disable()
+    try:
+        del cycle
+        assert first + sum(results) == sum(range(9))
+    finally:
+        gc.enable()
+    assert waits == []
+    wait_until(forsaken.ended.is_set)
+
+
+class UnstoppableThreading(joblib.parallel.ThreadingBackend):
+    """A joblib backend that fails when joblib has been told to stop."""
+
+    terminated = threading.Event()
+
+    def stop_call(self):
+        raise OSError("cannot stop")
+
+    def terminate(self):
+        super().terminate()
+        self.terminated.set()
+
+
+def test_workers_are_stopped_even_if_joblib_fails_to_stop(monkeypatch):
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    for _ in Joblib.setup(abs, range(99), 2, backend=UnstoppableThreading()):
+        break
+    assert UnstoppableThreading.terminated.wait(60)
+    assert distributed._open_runs == set()
+    assert [str(error.exc_value) for error in errors] == ["cannot stop"]
+
+
+DEADLY_RESULT = f"type('Bad', (), {{'__reduce__': lambda self: ({KILL}, 1)[1]}})()"
+
+
+@pytest.mark.parametrize(
+    "fault", [KILL, EXIT, BAD_RESULT, DEADLY_RESULT, raising("SystemExit()")]
+)
+def test_a_pool_that_fails_leaves_nothing(tmp_path, fault):
+    list(Joblib.setup(abs, [1], 2, backend="multiprocessing"))  # starts what stays
+    threads, files = set(threading.enumerate()), descriptors()
+    tasks = [block(tmp_path), value(1), fault, *[value(1)] * 9]
+    results = Joblib.setup(eval, tasks, 2, backend="multiprocessing", batch_size=1)
+    _, error = collect(results, BaseException)
+    assert error is not None
+    assert not any("Pool" in child.name for child in multiprocessing.active_children())
+    assert not any(map(is_alive, pids_in(tmp_path)))
+    del error, results
+    wait_until(lambda: set(threading.enumerate()) <= threads)
+    gc.collect()
+    wait_until(lambda: descriptors() <= files)
+
+
+@pytest.mark.slow
+def test_runs_leave_nothing(program):
+    source = """
+        import collections, gc, os, sys
+        from yourpackage.distributed import Joblib
+
+        def count():
+            gc.collect()
+            kinds = collections.Counter(type(item).__name__ for item in gc.get_objects())
+            ours = {name: kinds[name] for name in ("_Run", "_Pool", "_Files", "_Source", "Parallel")}
+            own = [name for name in os.listdir("/dev/shm") if str(os.getpid()) in name]
+            return ours, len(os.listdir("/proc/self/fd")), len(own)
+
+        if __name__ == "__main__":
+            backend = sys.argv[1]
+            options = {"backend": backend, "max_nbytes": 10}
+            def run():
+                numpy = __import__("numpy")
+                arrays = [numpy.zeros(99) for _ in range(9)]
+                assert sum(Joblib.setup(numpy.sum, arrays, 2, **options)) == 0
+                for _ in Joblib.setup(numpy.sum, arrays * 9, 2, batch_size=1, **options):
+                    break
+                assert len(list(Joblib.setup(abs, range(9), 2, **options))) == 9
+            run()
+            before = count()
+            for _ in range(2):
+                run()
+            after = count()
+            print(after == before or (before, after))
+    """
+    for backend in ("loky", "multiprocessing"):
+        assert output_of(program(source, backend)) == "True\n"
 
 
 @pytest.mark.slow
@@ -1130,603 +1329,30 @@ def test_a_run_leaves_no_folder(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("death", [KILL, EXIT, EXIT.replace("7", "0")])
-def test_a_worker_that_dies_is_an_error(processes, death, capfd):
-    tasks = [value(1), death, *map(value, range(20))]
-    received, error = collect(processes(eval, tasks), Exception)
-    assert isinstance(error, BrokenExecutor)
-    assert Counter(received) <= Counter([1, *range(20)])
-    assert sorted(processes(abs, range(10))) == list(range(10))
-    assert capfd.readouterr().err == ""
-
-
-def test_a_worker_that_dies_costs_nothing_that_was_received(processes, tmp_path):
-    check_what_was_received_comes_first(processes, tmp_path, KILL, BrokenExecutor)
-
-
-DIES_WHILE_IT_SENDS = """
-import os, sys, threading
-
-def watch(thread):
-    while True:
-        frame = sys._current_frames()[thread]
-        while frame is not None:
-            if frame.f_code.co_name == "_send":  # of multiprocessing's connections
-                os.kill(os.getpid(), 9)
-            frame = frame.f_back
-
-threading.Thread(target=watch, args=(threading.get_ident(),), daemon=True).start()
-"""
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_while_it_sends_is_an_error():
-    # No end of the pipe tells of it, since the other worker holds the pipe as well.
-    task = f"exec({DIES_WHILE_IT_SENDS!r}, {{}}) or bytes(100_000_000)"
-    _, error = collect(Joblib.setup(eval, [task], num_workers=2), BrokenExecutor)
-    assert error is not None
-    assert sorted(Joblib.setup(abs, range(10), num_workers=2)) == list(range(10))
-
-
-FAULTS = [KILL, "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_fault_of_a_run_is_its_own(processes, fault):
-    resting = processes(abs, range(100), batch_size=1)
-    next(resting)
-    _, error = collect(processes(eval, [fault] * 2), Exception)
-    assert error is not None
-    assert sum(1 for _ in resting) == 99
-
-
-def test_timeout(setup, tmp_path):
-    # Of Ray, the start of workers counts.
-    timeout = 3 if setup.keywords["backend"] == "ray" else 1
-    tasks = [value(1), value(2), await_path(tmp_path / "go")]
-    received, error = collect(setup(eval, tasks, timeout=timeout), Exception)
-    (tmp_path / "go").touch()
-    assert sorted(received) == [1, 2]
-    assert isinstance(error, TimeoutError)
-    assert isinstance(error, multiprocessing.TimeoutError)
-    assert f"timeout of {timeout} seconds" in str(error)
-    assert sorted(setup(abs, [-1, -2], timeout=60)) == [1, 2]
-
-
 @pytest.mark.once
-def test_in_threads_the_timeout_is_for_the_wait_not_for_the_run():
-    results = Joblib.setup(time.sleep, [0.3] * 8, 2, backend="threading", timeout=1)
-    assert len(list(results)) == 8
-
-
-@pytest.mark.locally
-def test_timeout_of_nothing_and_of_more_than_a_life(setup, tmp_path):
-    for timeout in (0, 1e-9):
-        with pytest.raises(TimeoutError):
-            next(setup(eval, [await_path(tmp_path / "go")], timeout=timeout))
-    (tmp_path / "go").touch()
-    assert list(setup(abs, [-1], timeout=1e12)) == [1]
-
-
-# ------------------------------------------------------------------------------------------------
-# Options
-
-
-WHERE = "(__import__('os').getpid(), __import__('threading').get_ident())"
-
-
-@pytest.mark.parametrize("options", [{"prefer": "threads"}, {"require": "sharedmem"}])
-def test_hints_reach_joblib(options):
-    ((process, thread),) = set(Joblib.setup(eval, [WHERE], **options))
-    assert process == os.getpid()
-    assert thread != threading.get_ident()
-
-
-def test_all_cores_are_the_default(monkeypatch):
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
-    barrier = threading.Barrier(min(2, os.cpu_count()))
-    results = Joblib.setup(
-        lambda task: barrier.wait(timeout=60), range(2), backend="threading"
-    )
-    assert len(list(results)) == 2
-
-
-def test_one_worker_is_this_process():
-    results = Joblib.setup(eval, [WHERE] * 3, num_workers=1)
-    assert set(results) == {(os.getpid(), threading.get_ident())}
-
-
-def test_an_open_configuration_is_honoured():
-    backend = joblib.parallel.ThreadingBackend()
-    with joblib.parallel_config(backend=backend, n_jobs=3) as config:
-        before = (dict(config), dict(vars(backend)))
-        barrier = threading.Barrier(3)
-        results = Joblib.setup(lambda task: barrier.wait(timeout=60), range(3))
-        assert (config, vars(backend)) == before
-    assert len(list(results)) == 3  # read when it is no longer open
-    assert (config, vars(backend)) == before
-
-
-def test_an_open_configuration_gives_a_named_backend_its_options(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1, n_jobs=3):
-        results = Joblib.setup(
-            os.getenv, ["OMP_NUM_THREADS"], backend="loky", num_workers=2
-        )
-    assert list(results) == ["1"]
-
-
-def test_arguments_override_an_open_configuration():
-    with joblib.parallel_config(backend="threading", n_jobs=1):
-        ((process, _),) = set(Joblib.setup(eval, [WHERE], 2, backend="loky"))
-    assert process != os.getpid()
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        joblib.parallel.LokyBackend,
-        joblib.parallel.ThreadingBackend,
-        joblib.parallel.MultiprocessingBackend,
-        joblib.parallel.SequentialBackend,
-    ],
-)
-def test_an_instance_is_not_changed(kind):
-    backend = kind()
-    before = dict(vars(backend))
-    results = Joblib.setup(abs, range(20), num_workers=2, backend=backend)
-    assert sorted(results) == list(range(20))
-    assert vars(backend) == before
-    assert type(backend) is kind
-
-
-def test_a_registered_name(monkeypatch):
-    monkeypatch.setitem(joblib.parallel.BACKENDS, "ours", CountingLoky)
-    CountingLoky.submitted.clear()
-    assert sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend="ours")) == [1, 2]
-    assert sum(CountingLoky.submitted) == 2
-
-
-def test_verbose_tells_how_far_it_is(capfd):
-    list(Joblib.setup(abs, range(3), num_workers=2, verbose=11))
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[-1].startswith("Done   3 out of   3 | ")
-
-
-@pytest.mark.parametrize("backend", PROCESSES)
-def test_large_arrays_are_mapped(backend, tmp_path):
-    def mapped(**options):
-        attributes = operator.attrgetter("mode", "filename")
-        ((mode, file),) = Joblib.setup(
-            attributes, [array], 2, backend=backend, **options
-        )
-        return mode, str(Path(file).parent.parent)
-
-    array = numpy.zeros(300_000)
-    folder = str(tmp_path)
-    assert mapped()[0] == "r"
-    assert mapped(temp_folder=folder) == ("r", folder)
-    assert mapped(temp_folder=folder, mmap_mode="c") == ("c", folder)
-    with pytest.raises(AttributeError, match="mode"):
-        mapped(temp_folder=folder, max_nbytes=None)
-    assert mapped(temp_folder=folder, max_nbytes="1K") == ("r", folder)
-    assert mapped()[1] != folder
-
-
-def test_an_option_of_the_backend_itself():
-    results = Joblib.setup(abs, [-1, -2], num_workers=2, idle_worker_timeout=100)
-    assert sorted(results) == [1, 2]
-
-
-class Silent(joblib.parallel.ThreadingBackend):
-    supports_retrieve_callback = False
-
-
-@pytest.mark.parametrize(
-    ("error", "arguments", "message"),
-    [
-        (TypeError, {"task_func": "abs"}, "task_func must be callable, got 'abs'"),
-        (TypeError, {"tasks": 5}, "tasks must be iterable, got 5"),
-        (TypeError, {"tasks": numpy.array(5)}, "tasks must be iterable, got array(5)"),
-        (ValueError, {"num_workers": 0}, "num_workers must not be 0"),
-        (
-            TypeError,
-            {"num_workers": 1.5},
-            "num_workers must be an integer or None, got 1.5",
-        ),
-        (
-            TypeError,
-            {"num_workers": "two"},
-            "num_workers must be an integer or None, got 'two'",
-        ),
-        (TypeError, {"n_jobs": 2}, "n_jobs=2 is not an option: use num_workers"),
-        (ValueError, {"backend": "lokki"}, "got 'lokki'"),
-        (ValueError, {"backend": 5}, "backend must be an instance or one of"),
-        (ValueError, {"backend": ["loky"]}, "got ['loky']"),
-        (
-            ValueError,
-            {"backend": Silent()},
-            "backend must tell when a batch has completed",
-        ),
-        (
-            ValueError,
-            {"return_as": "list"},
-            "'generator' (to have a list, use list(...)), got 'list'",
-        ),
-        (ValueError, {"return_as": None}, "return_as must be"),
-        (ValueError, {"timeout": -1}, "timeout must be a number of seconds"),
-        (ValueError, {"timeout": "1"}, "got '1'"),
-        (ValueError, {"timeout": float("nan")}, "got nan"),
-        (
-            ValueError,
-            {"batch_size": 0},
-            "batch_size must be 'auto' or a positive integer, got: 0",
-        ),
-        (ValueError, {"batch_size": "many"}, "got: 'many'"),
-        (ValueError, {"pre_dispatch": 0}, "pre_dispatch must be"),
-        (ValueError, {"pre_dispatch": "2 * n_cores"}, "got '2 * n_cores'"),
-        (ValueError, {"pre_dispatch": "2 *"}, "got '2 *'"),
-        (ValueError, {"pre_dispatch": "0 * n_jobs"}, "got '0 * n_jobs'"),
-        (ValueError, {"pre_dispatch": "-n_jobs"}, "got '-n_jobs'"),
-        (ValueError, {"pre_dispatch": "n_jobs // 0"}, "got 'n_jobs // 0'"),
-        (ValueError, {"idle_worker_timeout": "long"}, "idle_worker_timeout must be"),
-        (ValueError, {"pre_dispatch": None}, "pre_dispatch must be"),
-        (ValueError, {"mmap_mode": "x"}, "mmap_mode must be"),
-        (ValueError, {"max_nbytes": "much"}, "max_nbytes must be"),
-        (ValueError, {"max_nbytes": -1.5}, "got -1.5"),
-        (ValueError, {"pre_dispatch": "(-n_jobs) ** 0.5"}, "got '(-n_jobs) ** 0.5'"),
-        (ValueError, {"temp_folder": 5}, "temp_folder must be a path or None, got 5"),
-        (ValueError, {"verbose": "yes"}, "verbose must be a number, got 'yes'"),
-        (ValueError, {"prefer": "speed"}, "prefer=speed"),
-        (ValueError, {"require": "speed"}, "require=speed"),
-        (ValueError, {"backend": "loky", "require": "sharedmem"}, "require"),
-        (ValueError, {"prefer": "processes", "require": "sharedmem"}, "prefer"),
-        (ValueError, {"initializer": 5}, "initializer must be callable or None, got 5"),
-        (ValueError, {"initargs": 5}, "initargs must be a tuple, got 5"),
-        (
-            TypeError,
-            {"inner_max_num_threads": 1},
-            "put it into joblib.parallel_config(backend=..., inner_max_num_threads=...)",
-        ),
-        (
-            TypeError,
-            {"bacth_size": 1},
-            "option bacth_size=1: did you mean 'batch_size'?",
-        ),
-        (
-            TypeError,
-            {"nonsense": 1},
-            "nonsense=1: Expected one of 'backend', 'batch_size'",
-        ),
-        *[
-            (TypeError, {name: 1}, f"{name}=1 is not an option: use num_workers")
-            for name in ("num_worker", "workers", "max_workers", "processes")
-        ],
-        (TypeError, {"chunksize": 9}, "chunksize=9 is not an option: use batch_size"),
-        (TypeError, {"chunk_size": 9}, "chunk_size=9 is not an option: use batch_size"),
-        (
-            TypeError,
-            {"backend": "threading", "maxtasksperchild": 9},
-            "maxtasksperchild=9 is an option of worker processes of this machine",
-        ),
-        (TypeError, {"num_workers": True}, "num_workers must be an integer or None"),
-        (ValueError, {"timeout": True}, "timeout must be a number of seconds"),
-        (TypeError, {"task_func": lambda x, y: 0}, "use lambda task: f(*task)"),
-        (TypeError, {"task_func": pow}, "task_func must take one argument"),
-    ],
-)
-def test_bad_input_is_met_at_once(error, arguments, message):
-    arguments = {"task_func": abs, "tasks": [1], **arguments}
-    with pytest.raises(error, match=re.escape(message)):
-        Joblib.setup(**arguments)
-
-
-@pytest.mark.parametrize("arguments", [{"task_func": 5}, {"tasks": 5}])
-def test_bad_input_of_single_process_is_met_at_once(arguments):
-    with pytest.raises(TypeError, match=next(iter(arguments))):
-        SingleProcess.setup(**{"task_func": abs, "tasks": [1], **arguments})
-
-
-def test_a_formula_that_comes_to_nothing(monkeypatch):
-    with pytest.raises(
-        ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"
-    ):
-        Joblib.setup(abs, [1], num_workers=2, pre_dispatch="n_jobs - 2")
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
-    workers = joblib.cpu_count()
-    results = Joblib.setup(
-        abs, [1], backend="threading", pre_dispatch=f"n_jobs - {workers}"
-    )
-    with pytest.raises(
-        ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"
-    ):
-        next(results)
-
-
-@pytest.fixture(params=[*PROCESSES, *CLUSTERS])
-def pickling_setup(request):
-    """`Joblib.setup` on backends that pickle what they are given."""
-    return start(request, request.param)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    tasks=st.lists(st.integers(), max_size=40),
-    num_workers=st.sampled_from([1, 2, 3]),
-    options=st.fixed_dictionaries(
-        {},
-        optional={
-            "backend": st.sampled_from(
-                ["loky", "threading", "multiprocessing", "sequential"]
-            ),
-            "batch_size": st.sampled_from(["auto", 1, 3, 50]),
-            "pre_dispatch": st.sampled_from(["all", 1, 3, "n_jobs", "3 * n_jobs"]),
-            "return_as": st.sampled_from(["generator", "generator_unordered"]),
-            "timeout": st.sampled_from([None, 60, 99.5]),
-            "max_nbytes": st.sampled_from([None, "1K", 10**6]),
-        },
-    ),
-)
-def test_any_options_give_the_results_of_map(tasks, num_workers, options):
-    expected = list(map(abs, tasks))
-    results = list(Joblib.setup(abs, iter(tasks), num_workers, **options))
-    if options.get("return_as") == "generator":
-        assert results == expected
-    else:
-        assert Counter(results) == Counter(expected)
-    assert (
-        list(SingleProcess.setup(abs, iter(tasks), num_workers, **options)) == expected
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# Errors of tasks
-
-SOLVER_FAILED = """
-class SolverFailed(Exception):
-    def __init__(self, message, *, code):
-        super().__init__(message)
-        self.code = code
-
-class Doubled(Exception):
-    def __init__(self, code, more=()):
-        super().__init__(f"failed with {code}", *more)
-
-class Shy(Exception):
-    def __reduce__(self):
-        raise TypeError("stay here")
-
-class Falsy(Exception):
-    def __len__(self):
-        return 0
-
-class NotFound(FileNotFoundError):
-    def __init__(self, path, code):
-        super().__init__(2, "is not there", path)
-        self.code = code
-
-class Frozen(Exception):
-    def __init__(self, *, code):
-        super().__init__(code)
-        object.__setattr__(self, "code", code)
-
-    def __setattr__(self, name, value):
-        raise AttributeError(name)
-
-class Unshown(NameError):
-    @property
-    def name(self):
-        raise KeyError("name")
-
-class Locked(Exception):
-    def __init__(self, message):
-        import threading
-        super().__init__(message)
-        self.lock = threading.Lock()
-
-def fail(error):
-    raise error
-
-def fail_deep_down(error, depth=9):
-    return fail_deep_down(error, depth - 1) if depth else fail(error)
-"""
-
-
-def failing(expression):
-    """An expression that raises what *expression*, with the names above, evaluates to."""
-    return (
-        f"(exec({SOLVER_FAILED!r}, names := {{'__name__': '__main__'}}), "
-        f"names['fail_deep_down'](eval({expression!r}, names)))"
-    )
-
-
-@pytest.mark.alike
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.locally), 3])
-@pytest.mark.parametrize(
-    ("expression", "name", "arguments", "attributes"),
-    [
-        ("SolverFailed('no luck', code=3)", "SolverFailed", ("no luck",), {"code": 3}),
-        # These are packed in the worker, as the first is.
-        *(
-            pytest.param(*row, marks=pytest.mark.locally)
-            for row in [
-                ("Doubled(3)", "Doubled", ("failed with 3",), {}),
-                ("Shy(1, 2)", "Shy", (1, 2), {}),
-                ("Falsy('nothing')", "Falsy", ("nothing",), {}),
-                ("Frozen(code=4)", "Frozen", (4,), {"code": 4}),
-                ("Unshown('what')", "Unshown", ("what",), {}),
-                (
-                    "NotFound('/nowhere', 4)",
-                    "NotFound",
-                    (2, "is not there"),
-                    {"filename": "/nowhere", "errno": 2, "code": 4},
-                ),
-                (
-                    "FileNotFoundError(2, 'gone', 'x')",
-                    "FileNotFoundError",
-                    (2, "gone"),
-                    {"filename": "x"},
-                ),
-                (
-                    "ExceptionGroup('g', [KeyError(1)])",
-                    "ExceptionGroup",
-                    None,
-                    {"message": "g"},
-                ),
-            ]
-        ),
-    ],
-)
-def test_an_error_comes_home(
-    any_setup, expression, name, arguments, attributes, batch_size
-):
-    if name == "ExceptionGroup" and sys.version_info < (3, 11):
-        pytest.skip("a class of Python 3.11")
-    tasks = [value(1), value(2), failing(expression), value(4)]
-    received, error = collect(any_setup(eval, tasks, batch_size=batch_size), Exception)
-    assert received == [1, 2]
-    assert type(error).__name__ == name
-    assert arguments is None or error.args == arguments
-    for attribute, expected in attributes.items():
-        assert getattr(error, attribute) == expected
-    # Of a false exception, Python itself does not show the cause.
-    shown = [str(error.__cause__), *traceback.format_tb(error.__traceback__)]
-    assert "fail_deep_down" in "".join(shown) or name == "Unshown"
-
-
-@pytest.mark.alike
-def test_an_error_that_cannot_be_sent_is_shown(pickling_setup):
-    other = pickling_setup(eval, [value(0)] * 20, batch_size=1)
-    assert next(other) == 0
-    tasks = [value(1), failing("Locked('in a hurry')")]
-    _, error = collect(pickling_setup(eval, tasks, batch_size=2), Exception)
-    assert type(error) is RuntimeError
-    assert "Locked: in a hurry" in str(error)
-    assert "fail_deep_down" in str(error.__cause__)
-    assert sum(1 for _ in other) == 19  # it is an error of its own run alone
-
-
-def test_threads_raise_the_error_itself():
-    error = ValueError()
-    error.__cause__ = KeyError()
-
-    def fail(task):
-        raise error
-
-    _, raised = collect(Joblib.setup(fail, [1], 2, backend="threading"), ValueError)
-    assert raised is error
-    assert type(raised.__cause__) is KeyError
-
-
-@pytest.mark.alike
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
-def test_an_error_keeps_its_notes(setup):
-    noted = "(error := KeyError(1), error.add_note('take note'), fail(error))[0]"
-    _, error = collect(setup(eval, [failing(noted)]), KeyError)
-    assert error.__notes__[0] == "take note"
-
-
-def test_the_class_of_an_error_is_that_of_the_program(program):
-    source = """
-        from yourpackage.distributed import Joblib
-
-        class SolverFailed(Exception):
-            def __init__(self, message, code):
-                super().__init__(message)
-                self.code = code
-
-        def fail(task):
-            raise SolverFailed("no luck", task)
-
-        if __name__ == "__main__":
-            for backend in ("loky", "multiprocessing", "threading"):
-                try:
-                    list(Joblib.setup(fail, [3], num_workers=2, backend=backend))
-                except SolverFailed as error:
-                    print(error, error.code)
-    """
-    assert output_of(program(source)) == "no luck 3\n" * 3
-
-
-# Takes numbers; every backend can send it.
-reciprocal_of = functools.partial(operator.truediv, 1)
-
-
-@pytest.mark.slow
-@settings(deadline=None, max_examples=30)
-@given(
-    tasks=st.lists(st.integers(-3, 9), max_size=40),
-    backend=st.sampled_from(LOCAL),
-    batch_size=st.sampled_from(["auto", 1, 2, 7, 50]),
-    pre_dispatch=st.sampled_from(["all", 1, "2 * n_jobs"]),
-)
-def test_a_failing_task_costs_no_other_result(tasks, backend, batch_size, pre_dispatch):
-    expected, expected_error = collect(
-        SingleProcess.setup(reciprocal_of, tasks), Exception
-    )
-    received, error = collect(
-        Joblib.setup(
-            reciprocal_of,
-            iter(tasks),
-            2,
-            backend=backend,
-            batch_size=batch_size,
-            pre_dispatch=pre_dispatch,
-            return_as="generator",
-        ),
-        Exception,
-    )
-    assert received == expected
-    assert type(error) is type(expected_error)
-    assert error is None or error.args == expected_error.args
-
-
-def test_what_is_done_for_each_task():
-    """Count the calls, resumptions of generators among them, in the consumer's process."""
-    calls = Counter()
-
-    def profile(frame, event, argument):
-        calls[frame.f_code.co_name] += event == "call"
-
-    count = 50_000
-    sys.setprofile(profile)
-    try:
-        collections.deque(Joblib.setup(abs, range(count), num_workers=2), maxlen=0)
-    finally:
-        sys.setprofile(None)
-    assert calls.pop("draw") <= count + 1
-    assert calls.pop("_results") <= count + 1
-    assert sum(calls.values()) < count / 2
-
-
-def test_verbose_with_one_worker(capfd):
-    assert list(Joblib.setup(abs, [-1, -2], num_workers=1, verbose=11)) == [1, 2]
-    assert "Done   2 out of   2" in capfd.readouterr().err
-
-
-class Task:
-    """A task that can be referred to weakly."""
-
-
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_tasks_are_freed_when_they_have_been_run(batch_size):
-    alive = weakref.WeakSet()
-
-    def tasks():
-        for _ in range(50):
-            task = Task()
-            alive.add(task)
-            yield task
-            del task
-
-    options = {"backend": "threading", "batch_size": batch_size}
-    results = Joblib.setup(bool, tasks(), 2, **options)
-    for _ in range(12):
-        next(results)
-    # Those that are out, and of larger batches one more for each worker.
-    assert len(alive) <= batch_size * (4 if batch_size == 1 else 6)
-    assert len(list(results)) == 38
-    assert not alive
+def test_workers_that_are_killed_leave_no_descriptor(processes, tmp_path, fresh):
+    def go(number):
+        before, after = (meeting(tmp_path, f"{number}{part}") for part in "ab")
+        tasks = [*before, KILL, *after]
+        results = processes(eval, tasks, batch_size=1, errors="return")
+        pids = [item for item in results if isinstance(item, int)]
+        assert len(pids) == 4
+        assert collect(processes(eval, [KILL]), BrokenExecutor)[1] is not None
+        left = processes(eval, [value(1), *[block(tmp_path / f"{number}a")] * 9])
+        next(left)
+        left.close()
+        Joblib.shutdown()
+
+    def count():
+        gc.collect()
+        return descriptors()
+
+    go(0)  # which starts what stays
+    before, threads = count(), threading.active_count()
+    for number in range(1, 3):
+        go(number)
+    wait_until(lambda: threading.active_count() <= threads)
+    assert count() <= before
 
 
 @pytest.mark.parametrize(
@@ -1759,541 +1385,264 @@ def test_an_error_is_freed_with_its_last_reference(function, tasks, backend):
         gc.enable()
 
 
-@pytest.mark.parametrize("backend", PROCESSES)
-def test_an_initializer_prepares_each_worker(backend):
-    results = Joblib.setup(
-        os.getenv,
-        ["PREPARED"] * 9,
-        2,
-        backend=backend,
-        initializer=exec,
-        initargs=("import os; os.environ['PREPARED'] = 'yes'",),
-    )
-    assert set(results) == {"yes"}
+REFUSED = """
+    import multiprocessing, sys, threading
+    from yourpackage.distributed import FailedTask, Joblib
+
+    def refuse(self):
+        global count
+        count += 1
+        if count == int(sys.argv[2]):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    if __name__ == "__main__":
+        start, threading.Thread.start, count = threading.Thread.start, refuse, 0
+        results = Joblib.setup(
+            abs, [-1, -2, -3, -4], 3, backend=sys.argv[1], errors=sys.argv[3]
+        )
+        try:
+            print(*sorted(results))
+        except RuntimeError as error:
+            print(error)
+        threading.Thread.start = start
+        del results
+        Joblib.shutdown()
+        print(multiprocessing.active_children())
+        print(*sorted(Joblib.setup(abs, [-1, -2], 2, backend=sys.argv[1])))
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("backend", "which", "errors"),
+    [
+        ("loky", 1, "raise"),
+        ("loky", 2, "return"),
+        ("loky", 4, "return"),
+        ("multiprocessing", 2, "raise"),
+        ("threading", 1, "return"),
+    ],
+)
+def test_any_thread_that_cannot_be_started_is_an_error_at_once(
+    program, backend, which, errors
+):
+    output = output_of(program(REFUSED, backend, which, errors)).splitlines()
+    assert output[1:] == ["[]", "1 2"]
+    refused = "can't start new thread"
+    if which <= 3:  # that is one of those that run the tasks
+        assert output[0] == refused
+    else:
+        assert output[0] in (refused, "1 2 3 4")
 
 
 # ------------------------------------------------------------------------------------------------
-# What a sweep sends: a function with much in it, arrays
+# Ends cleanly: what tasks have started
 
 
-class Model:
-    """Counts how often it is pickled; what a worker does is told by its results."""
-
-    pickled = 0
-
-    def __init__(self, data=None):
-        self.data = data
-        self.calls = 0
-
-    def __getstate__(self):
-        type(self).pickled += 1
-        return vars(self)
-
-    def objective(self, task):
-        time.sleep(0.002)
-        self.calls += 1
-        return os.getpid(), self.calls, task, self.data
+def shell(*command):
+    """An expression that runs a command, and waits for it."""
+    return f"__import__('subprocess').run({command!r}).returncode"
 
 
-@pytest.fixture(params=[*PROCESSES, *CLUSTERS])
-def remembering(request):
-    """`Joblib.setup` on backends whose workers are sent the function once."""
-    return start(request, request.param)
+def popen(*command, **options):
+    """An expression that starts a command, and forgets about it."""
+    started = f"__import__('subprocess').Popen({command!r}, **{options!r})"
+    return f"vars(__import__('builtins')).setdefault('kept', []).append({started})"
 
 
-def by_value(cls):
-    """Return the class as if it were of the program: it travels by value."""
-    names = {"__name__": "__main__", "os": os, "time": time}
-    eval(compile(inspect.getsource(cls), "<by value>", "exec"), names)
-    return names[cls.__name__]
+STARTED = {
+    "an orphan": lambda s: shell("sh", "-c", f"sleep {s} & exit 0"),
+    "by timeout": lambda s: shell("sh", "-c", f"timeout 999 sleep {s} & exit 0"),
+    "in a group of its own": lambda s: (
+        popen("sleep", s, preexec_fn=None)
+        if sys.version_info < (3, 11)
+        else popen("sleep", s, process_group=0)
+    ),
+    "that ignores signals": lambda s: shell(
+        "sh", "-c", f"trap '' INT TERM HUP; sleep {s} & exit 0"
+    ),
+}
 
 
-@pytest.mark.parametrize("size", [pytest.param(10, marks=pytest.mark.locally), 100_000])
-@pytest.mark.parametrize("batch_size", [1, pytest.param(5, marks=pytest.mark.locally)])
-def test_the_function_is_sent_once(remembering, size, batch_size):
-    model = by_value(Model)("x" * size)
-    for data in (model.data, "changed between two runs"):
-        model.data, pickled = data, type(model).pickled
-        results = list(remembering(model.objective, range(60), batch_size=batch_size))
-        assert type(model).pickled == pickled + 1
-        assert sorted(task for _, _, task, _ in results) == list(range(60))
-        assert {seen for *_, seen in results} == {data}
-        if remembering.keywords["backend"] != "dask":  # pickled again by each worker
-            for pid in {pid for pid, *_ in results}:
-                calls = sorted(calls for other, calls, *_ in results if other == pid)
-                assert calls == list(range(1, len(calls) + 1))
+started = pytest.mark.parametrize(
+    ("processes", "make"),
+    [
+        *(("loky", make) for make in STARTED.values()),
+        ("multiprocessing", STARTED["an orphan"]),
+    ],
+    ids=[*STARTED, "multiprocessing"],
+    indirect=["processes"],
+)
 
 
-def test_two_runs_do_not_mix_up_their_functions(remembering):
-    model = by_value(Model)
-    one, two = (remembering(model(data).objective, range(40)) for data in "ab")
-    pairs = list(zip(one, two, strict=True))
-    assert {(a[3], b[3]) for a, b in pairs} == {("a", "b")}
-
-
-class Unwilling:
-    def __getstate__(self):
-        return {}[self.key]
-
-    key = "stays here"
-
-    def call(self, task):
-        return task
-
-
-@pytest.mark.alike
-def test_a_function_that_cannot_be_pickled_is_named(remembering):
-    function = by_value(Unwilling)().call
-    _, error = collect(remembering(function, [1]), Exception)
-    assert type(error) is pickle.PicklingError
-    assert "task_func cannot be pickled: " in str(error)
-    assert "Unwilling" in str(error)
-    assert isinstance(error.__cause__, KeyError)
-    assert "__getstate__" in "".join(traceback.format_tb(error.__cause__.__traceback__))
-
-
-def test_what_is_large_in_a_function_lies_in_the_folder_of_the_run(processes, tmp_path):
-    model = by_value(Model)((numpy.zeros(300_000), "x" * 100_000))
-    results = processes(model.objective, range(20), temp_folder=str(tmp_path))
-    *_, (array, _) = next(results)
-    (folder,) = tmp_path.iterdir()
-    assert len(list(folder.iterdir())) == 1
-    assert array.shape == (300_000,)
+@pytest.mark.once
+@started
+def test_what_tasks_have_started_ends_with_a_run_that_is_left(
+    processes, make, seconds, tmp_path
+):
+    tasks = [make(seconds), *[block(tmp_path)] * 3]
+    results = processes(eval, tasks, batch_size=1)
+    next(results)
+    wait_until(lambda: sleeping(seconds) and len(pids_in(tmp_path)) == 2)
     results.close()
-    assert list(tmp_path.iterdir()) == []
+    assert not any(map(is_running, pids_in(tmp_path)))
+    assert running(seconds) == []
 
 
-def bytes_in(folder):
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
-
-
-def test_arrays_leave_when_they_have_been_used(processes, tmp_path):
-    arrays = (numpy.full(250_000, task) for task in range(120))
-    options = {"batch_size": 1, "temp_folder": str(tmp_path)}
-    most = count = 0
-    for result in processes(numpy.mean, arrays, **options):
-        most, count = max(most, bytes_in(tmp_path)), count + result
-    assert count == sum(range(120))
-    assert most <= 8 * 2_001_000
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_array_in_many_tasks_is_written_once(processes, tmp_path):
-    array = numpy.zeros(300_000)
-    options = {"batch_size": 1, "temp_folder": str(tmp_path)}
-    for value in (1, 2):  # changed between two runs, it is sent anew
-        array[:] = value
-        results = processes(numpy.mean, [array] * 30, **options)
-        received = [next(results) for _ in range(20)]
-        (folder,) = tmp_path.iterdir()
-        assert len(list(folder.iterdir())) == 1
-        assert [*received, *results] == [value] * 30
-
-
-class MakesArrays:
-    """Its array is there only while it is being pickled."""
-
-    def __init__(self, task):
-        self.task = task
-
-    def __reduce__(self):
-        return list, ((numpy.full(300_000, self.task),),)
-
-
-def test_an_array_that_is_made_to_be_pickled_arrives(processes):
-    tasks = map(MakesArrays, range(30))
-    results = processes(lambda arrays: arrays[0].mean(), tasks, batch_size=1)
-    assert sorted(results) == list(range(30))
-
-
-def test_arrays_of_the_function_are_not_those_of_tasks():
-    CountingLoky.submitted.clear()
-    data = numpy.zeros(1_000_000)
-    function = functools.partial(operator.is_, data)
-    results = Joblib.setup(function, range(20_000), 2, backend=CountingLoky())
-    assert sum(results) == 0
-    assert max(CountingLoky.submitted) > 100
-
-
-def test_workers_that_an_array_has_prepared_are_kept():
+@pytest.mark.once
+@started
+def test_what_tasks_have_started_ends_with_idle_workers(
+    processes, make, seconds, fresh
+):
+    assert len(list(processes(eval, [make(seconds)]))) == 1
     Joblib.shutdown()
-    options = {"initializer": numpy.sum, "initargs": (numpy.zeros(300_000),)}
-    pids = pids_of(**options)
-    assert pids_of(**options) == pids
+    assert running(seconds) == []
 
 
-@pytest.mark.alike
-def test_there_may_be_more_tasks_than_a_length_can_say(setup):
-    assert next(setup(abs, range(10**30))) in range(4)
+@pytest.mark.once
+@started
+def test_what_a_dead_worker_has_started_ends_with_it(
+    processes, make, seconds, tmp_path
+):
+    go = tmp_path / "go"
+    results = processes(eval, [f"({make(seconds)}, {await_path(go)}, {KILL})"])
+    with ThreadPoolExecutor(1) as thread:
+        error = thread.submit(collect, results, BrokenExecutor)
+        wait_until(lambda: sleeping(seconds))
+        go.touch()
+        assert error.result()[1] is not None
+    assert running(seconds) == []
 
 
-def test_batches_of_heavy_tasks_do_not_grow(tmp_path):
-    CountingLoky.submitted.clear()
-    tasks = (numpy.zeros(125_000) for _ in range(200))  # 1 MB each
-    assert sum(Joblib.setup(numpy.sum, tasks, 2, backend=CountingLoky())) == 0
-    assert max(CountingLoky.submitted) <= 8
+@pytest.mark.once
+def test_what_makes_a_session_of_its_own_goes_on(processes, seconds, tmp_path):
+    daemon = popen("sleep", seconds, start_new_session=True)
+    results = processes(eval, [daemon, *[block(tmp_path)] * 3], batch_size=1)
+    next(results)
+    wait_until(lambda: sleeping(seconds))
+    (sleeper,) = sleeping(seconds)
+    assert os.getsid(sleeper) == sleeper
+    wait_until(lambda: len(pids_in(tmp_path)) == 2)
+    results.close()
+    assert not any(map(is_running, pids_in(tmp_path)))
+    assert sleeping(seconds) == [sleeper]
+
+
+LEAVES_THREADS = """
+def leave_thread(task):
+    threading.Thread(target=threading.Event().wait).start()
+    if task == 0:
+        return os.getpid()
+    threading.Event().wait()
+
+if __name__ == "__main__":
+    many = [0] * 4 if sys.argv[2] != "close" else itertools.chain([0], [1] * 9)
+    results = Joblib.setup(leave_thread, many, 2, backend=backend, batch_size=1)
+    if sys.argv[2] in ("close", "open"):
+        pids = {next(results)}
+    else:
+        pids = set(results)
+    if sys.argv[2] == "close":
+        results.close()
+    if sys.argv[2] == "shutdown":
+        Joblib.shutdown()
+        for pid in pids:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                continue
+            print(pid, "is left")
+    print("ended", *pids)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("begun", "way"),
+    [
+        *(("loky", way) for way in ("shutdown", "exit", "close")),
+        *(("fork", way) for way in ("shutdown", "open")),
+    ],
+    indirect=["begun"],
+)
+def test_a_thread_that_a_task_leaves_keeps_nothing_waiting(begun, way):
+    ended, *pids = output_of(begun(LEAVES_THREADS, way)).split()
+    assert ended == "ended"
+    assert not any(is_running(pid) for pid in pids)
+
+
+HOOKS = """
+def work(task):
+    path = pathlib.Path(sys.argv[3], str(os.getpid()))
+    atexit.register(path.touch)
+    return os.getpid()
+
+if __name__ == "__main__":
+    pids = set(Joblib.setup(work, range(8), 2, backend=backend, batch_size=1))
+    if sys.argv[2] == "shutdown":
+        Joblib.shutdown()
+        assert {int(name) for name in os.listdir(sys.argv[3])} == pids
+    print(*sorted(pids))
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("way", ["shutdown"])
+def test_a_pool_that_is_stopped_in_peace_runs_the_hooks_of_its_workers(
+    begun, way, tmp_path
+):
+    if begun.method in ("fork", "forkserver") and sys.version_info < (3, 13):
+        pytest.skip("Python has its forks run no hooks")
+    (tmp_path / "hooks").mkdir()
+    output = output_of(begun(HOOKS, way, tmp_path / "hooks"))
+    assert output.split() == sorted(map(str, pids_in(tmp_path / "hooks")))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_tasks_read_an_empty_standard_input(begun):
+    source = """
+        def read(task):
+            child = subprocess.run(["cat"], stdout=subprocess.PIPE).stdout
+            return os.read(0, 9), sys.stdin.read(), child
+
+        if __name__ == "__main__":
+            print(*set(Joblib.setup(read, range(4), 2, backend=backend)), flush=True)
+            print(sys.stdin.readline())
+    """
+    process = begun(source)  # whose own standard input stays open
+    assert process.stdout.readline() == "(b'', '', b'')\n"
+    process.stdin.write("for the program")
+    assert output_of(process) == "for the program\n"
 
 
 # ------------------------------------------------------------------------------------------------
-# Errors that say where
-
-
-@pytest.mark.alike
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
-@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"batch_size": 7}])
-def test_an_error_tells_which_task(any_setup, options):
-    tasks = [value(number) for number in range(20)] + ["1 / 0"]
-    received, error = collect(any_setup(eval, tasks, **options), ZeroDivisionError)
-    assert received == list(range(20))
-    assert error.args == ("division by zero",)
-    assert error.__notes__ == ["Task 20 (counted from 0): '1 / 0'"]
-
-
-@pytest.mark.skipif(sys.version_info >= (3, 11), reason="there are notes")
-def test_an_error_tells_which_task_without_notes(processes):
-    _, error = collect(processes(eval, [value(0), "1 / 0"]), ZeroDivisionError)
-    assert "Task 1 (counted from 0): '1 / 0'" in str(error.__cause__)
-
-
-class Shown:
-    def __init__(self, way):
-        self.way = way
-
-    def __repr__(self):
-        if self.way == "raises":
-            raise SystemExit
-        if self.way == "sleeps":
-            time.sleep(3600)
-        return "x" * 10**6
-
-
-@pytest.mark.parametrize("way", ["raises", "sleeps", "long"])
-def test_a_task_is_shown_whatever_its_repr_does(way):
-    shown = distributed._shown(Shown(way))
-    assert len(shown) <= 400
-    assert shown == "<Shown>" or way == "long"
-
-
-@pytest.mark.locally
-def test_a_timeout_tells_which_task_it_was(setup, tmp_path):
-    tasks = [await_path(tmp_path / "go", number) for number in range(9)]
-    with pytest.raises(TimeoutError) as caught:
-        next(setup(eval, tasks, timeout=0.5, batch_size=1))
-    (tmp_path / "go").touch()
-    expected = r"4 are out, of which the oldest batch is: Task 0 \(counted from 0\): "
-    if setup.keywords["backend"] in ("loky", "multiprocessing"):
-        expected = r"the timeout of 0.5 seconds. Task [01] \(counted from 0\): "
-    assert re.search(expected, str(caught.value))
-
-
-def test_an_error_of_the_backend_keeps_its_traceback():
-    results = Joblib.setup(abs, range(10), num_workers=2, backend=FailingThreading())
-    _, error = collect(results, OSError)
-    assert 'raise OSError("no more")' in str(error.__cause__)
+# Ends cleanly: a program that ends
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("way", "closed"),
-    [
-        *(("descriptor", closed) for closed in ([0], [1], [2], [0, 1, 2])),
-        ("None", [0, 1, 2]),
-        ("object", [0, 1, 2]),
-    ],
-)
-def test_standard_streams_may_be_closed(program, tmp_path, closed, way):
+def test_a_program_whose_runs_end_in_any_way_prints_nothing(program):
     source = """
-        import os, sys
-        if sys.argv[2] == "descriptor" and len(sys.argv) < 4:
-            for number in eval(sys.argv[1]):
-                os.close(number)
-            os.execv(sys.executable, [sys.executable, *sys.argv, "closed"])
+        import itertools, os, time
         from yourpackage.distributed import Joblib
 
         def work(task):
-            print(task)
+            time.sleep(0 if task < 3 else 3600)
             return task
 
         if __name__ == "__main__":
-            for number in eval(sys.argv[1]):
-                name = ("stdin", "stdout", "stderr")[number]
-                if sys.argv[2] == "None":
-                    setattr(sys, name, None)
-                elif sys.argv[2] == "object":
-                    getattr(sys, name).close()
-            for backend in ("loky", "multiprocessing", "threading"):
-                if sys.argv[2] != "object" or backend != "threading":
-                    total = sum(Joblib.setup(work, range(9), 2, backend=backend))
-                    with open("total.txt", "a") as file:
-                        print(total, file=file)
-            os._exit(0)
+            for _ in Joblib.setup(work, itertools.count(), num_workers=2):
+                break
+            for function, timeout in (work, 1), (os._exit, None):
+                try:
+                    list(Joblib.setup(function, range(9), 2, timeout=timeout))
+                except Exception as error:
+                    print(isinstance(error, TimeoutError), type(error).__name__)
+                print(sum(Joblib.setup(abs, range(10), num_workers=2)))
     """
-    program(source, closed, way).wait()
-    totals = (tmp_path / "total.txt").read_text().split()
-    assert totals == ["36"] * (2 if way == "object" else 3)
-
-
-@pytest.mark.slow
-def test_a_file_that_hides_a_module_of_python_is_named(program, tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "random.py").write_text("raise ImportError")
-    source = """
-        import os
-        from yourpackage.distributed import Joblib
-
-        if __name__ == "__main__":
-            import random
-            os.chdir("folder")
-            try:
-                list(Joblib.setup(abs, range(9), num_workers=2))
-            except Exception as error:
-                print(error.__cause__)
-    """
-    output, _ = program(source, warnings="default").communicate()
-    assert "random.py" in output
-
-
-@pytest.mark.alike
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="a class of Python 3.11")
-def test_a_group_of_errors_comes_home(any_setup):
-    members = "[SolverFailed('a', code=3), Locked('b'), KeyError(4)]"
-    _, error = collect(
-        any_setup(eval, [failing(f"ExceptionGroup('g', {members})")]), ExceptionGroup
-    )
-    assert error.message == "g"
-    names = [type(member).__name__ for member in error.exceptions]
-    in_process = any_setup is SingleProcess.setup
-    in_process = in_process or any_setup.keywords["backend"] == "threading"
-    assert names == [
-        "SolverFailed",
-        "Locked" if in_process else "RuntimeError",
-        "KeyError",
-    ]
-    assert error.exceptions[0].code == 3
-
-
-# ------------------------------------------------------------------------------------------------
-# What is particular to an engine
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("name", ["dask", "ray"])
-def test_workers_have_neither_the_module_nor_the_folder(request, name):
-    setup = start(request, name)
-    tasks = ["[*__import__('sys').path, __import__('os').getcwd()]"] * 2
-    for path in itertools.chain(*setup(eval, tasks)):
-        assert not Path(path, FILE.name).exists()
-        assert Path(path) != FILE.parent
-
-
-@pytest.mark.engines
-def test_dask_without_a_client(program):
-    pytest.importorskip("dask.distributed")
-    source = """
-        from yourpackage.distributed import Joblib
-
-        try:
-            Joblib.setup(abs, [1], backend="dask")
-        except ValueError as error:
-            print(error)
-    """
-    assert "client = Client" in output_of(program(source))
-
-
-@pytest.mark.engines
-def test_dask_worker_that_dies(tmp_path):
-    distributed = pytest.importorskip("dask.distributed")
-    with dask_client(tmp_path, allowed_failures=1):
-        tasks = [value(1), value(2), KILL, *map(value, range(20))]
-        _, error = collect(Joblib.setup(eval, tasks, backend="dask"), Exception)
-        assert type(error) is distributed.KilledWorker
-        assert sorted(Joblib.setup(abs, range(10), backend="dask")) == list(range(10))
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
-def test_dask_worker_that_dies_once_costs_nothing(dask, tmp_path, return_as):
-    died = tmp_path / "died"
-    tasks = list(map(value, range(40)))
-    tasks[5] = (
-        f"5 if __import__('os').path.exists({str(died)!r}) else ({touch(died)}, {KILL})"
-    )
-    results = Joblib.setup(eval, tasks, backend="dask", return_as=return_as)
-    assert sorted(results) == list(range(40))
-    assert died.exists()
-
-
-@pytest.mark.engines
-def test_dask_client_that_closes(tmp_path):
-    pytest.importorskip("dask.distributed")
-    with dask_client(tmp_path) as client:
-        results = Joblib.setup(
-            eval, [value(1), *[await_path(tmp_path / "go")] * 9], backend="dask"
-        )
-        assert next(results) == 1
-        client.close()
-        (tmp_path / "go").touch()
-        _, error = collect(results, BaseException)
-        assert error is not None
-
-
-@pytest.mark.engines
-def test_dask_cluster_of_one_core(tmp_path):
-    pytest.importorskip("dask.distributed")
-    with dask_client(tmp_path, n_workers=1):
-        (process,) = set(Joblib.setup(eval, [PID] * 4, backend="dask"))
-    assert process != os.getpid()
-
-
-@pytest.mark.engines
-def test_dask_cluster_without_a_worker(tmp_path):
-    pytest.importorskip("dask.distributed")
-    with dask_client(tmp_path, n_workers=0):
-        with joblib.parallel_config(backend="dask", wait_for_workers_timeout=0):
-            results = Joblib.setup(abs, [1])
-        with pytest.raises(RuntimeError, match="no active worker"):
-            next(results)
-
-
-@pytest.mark.engines
-def test_dask_options_of_an_open_configuration(dask, tmp_path):
-    address, array = dask.scheduler.address, numpy.ones(1000)
-    with joblib.parallel_config(
-        backend="dask", scheduler_host=address, scatter=[array]
-    ) as config:
-        results = Joblib.setup(numpy.sum, [array] * 4, backend="dask")
-    assert list(results) == [1000] * 4
-    config["backend"].client.close()
-    with dask_client(tmp_path, n_workers=0):
-        with joblib.parallel_config(backend="dask", wait_for_workers_timeout=1):
-            results = Joblib.setup(abs, [1])
-        with pytest.raises(TimeoutError, match="no worker after 1 seconds"):
-            next(results)
-
-
-class Buffered:
-    """A model with a buffer, which no two threads may fill at the same time."""
-
-    def __init__(self):
-        self.buffer = [0] * 1000
-
-    def simulate(self, task):
-        import time
-
-        self.buffer[:] = [task] * 1000
-        time.sleep(0.001)  # another thread's turn
-        return task == self.buffer[0]
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("name", ["dask", "ray"])
-def test_threads_of_a_worker_do_not_share_the_function(request, tmp_path, name):
-    model = by_value(Buffered)()
-    if name == "ray":
-        setup = start(request, name)
-        options = {"ray_remote_args": {"max_concurrency": 2}}
-        assert set(setup(model.simulate, range(400), **options)) == {True}
-        return
-    pytest.importorskip("dask.distributed")
-    with dask_client(tmp_path, n_workers=1, threads=2):
-        results = Joblib.setup(model.simulate, range(400), backend="dask")
-        assert set(results) == {True}
-
-
-@pytest.mark.engines
-def test_ray_worker_that_dies(ray):
-    tasks = [value(1), value(2), KILL, *map(value, range(20))]
-    _, error = collect(
-        Joblib.setup(eval, tasks, num_workers=2, backend="ray"), Exception
-    )
-    assert isinstance(error, ray.exceptions.RayActorError)
-    results = Joblib.setup(abs, range(10), num_workers=2, backend="ray")
-    assert sorted(results) == list(range(10))
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("way", ["argument", "configuration"])
-def test_ray_options(ray, way):
-    options = {"ray_remote_args": {"runtime_env": {"env_vars": {"VARIABLE": "value"}}}}
-    if way == "argument":
-        results = Joblib.setup(os.getenv, ["VARIABLE"], 2, backend="ray", **options)
-    else:
-        importlib.import_module("ray.util.joblib").register_ray()
-        with joblib.parallel_config(backend="ray", **options):
-            results = Joblib.setup(os.getenv, ["VARIABLE"], 2)
-    assert list(results) == ["value"]
-
-
-# ------------------------------------------------------------------------------------------------
-# Programs that use a copy, as people do
-
-
-@pytest.fixture
-def program(tmp_path):
-    """Run a program, with a copy of the module in a package beside it."""
-    (tmp_path / "yourpackage").mkdir()
-    (tmp_path / "yourpackage" / "__init__.py").touch()
-    shutil.copy(FILE, tmp_path / "yourpackage")
-
-    with contextlib.ExitStack() as stack:
-
-        def start(source, *arguments, warnings="error"):
-            (tmp_path / "program.py").write_text(textwrap.dedent(source))
-            process = subprocess.Popen(
-                [sys.executable, "-W", warnings, "program.py", *map(str, arguments)],
-                cwd=tmp_path,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            return process
-
-        yield start
-
-
-def output_of(process, status=0):
-    output, errors = process.communicate()
-    assert (errors, process.returncode) == ("", status)
-    return output
-
-
-@pytest.mark.slow
-def test_a_copy_in_a_package(program):
-    source = """
-        import sys
-        from yourpackage import distributed
-
-        def modules(task):
-            return [name for name in sys.modules if "distributed" in name]
-
-        if __name__ == "__main__":
-            for name in ("single_process", "joblib"):
-                print(*sorted(distributed.get_backend(name).setup(abs, [-2, -1])))
-            print(*distributed.get_backend("joblib").setup(modules, [1], num_workers=2))
-    """
-    assert output_of(program(source)) == "1 2\n1 2\n[]\n"
-
-
-@pytest.mark.slow
-def test_a_run_in_a_task_of_another(program):
-    source = """
-        from yourpackage.distributed import Joblib
-
-        def total(count):
-            return sum(Joblib.setup(abs, range(count)))
-
-        if __name__ == "__main__":
-            print(*sorted(Joblib.setup(total, [10, 20], num_workers=2)))
-    """
-    assert output_of(program(source)) == "45 190\n"
+    expected = "True TimeoutError\n45\nFalse BrokenProcessPool\n45\n"
+    assert output_of(program(source)) == expected
 
 
 OPEN_RUN = """
@@ -2377,6 +1726,185 @@ def test_reading_on_as_the_interpreter_exits_is_an_error(program):
     assert end == "the run was ended, since the interpreter exits 1"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "way"),
+    [("loky", "exit"), ("multiprocessing", "break"), ("threading", "exit")],
+)
+def test_leaving_a_program_that_handles_sigterm(program, backend, way):
+    source = """
+        import multiprocessing, signal, sys, time
+        from yourpackage.distributed import Joblib
+
+        def busy(task):
+            end = time.monotonic() + (0.1 if task == 0 else 2)
+            while time.monotonic() < end:
+                pass
+
+        if __name__ == "__main__":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            for _ in Joblib.setup(busy, range(99), num_workers=2, backend=sys.argv[1]):
+                if sys.argv[2] == "exit":
+                    sys.exit()
+                break
+            print(*multiprocessing.active_children())
+    """
+    output = output_of(program(source, backend, way))
+    assert output == ("" if way == "exit" else "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_stopping_on_sigterm(program, tmp_path, backend):
+    source = """
+        import signal, sys
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            list(Joblib.setup(eval, sys.argv[2:], num_workers=2, backend=sys.argv[1]))
+    """
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    process = program(source, backend, *[block(folder)] * 9)
+    wait_until(lambda: pids_in(folder))
+    process.terminate()
+    assert (*process.communicate(), process.returncode) == ("", "", 143)
+    wait_until(lambda: not any(map(is_alive, pids_in(folder))))
+
+
+ENDED = """
+import numpy
+
+def work(task):
+    number, array = task
+    assert array.filename  # it lies in a file
+    print(os.getpid(), flush=True)
+    if sys.argv[2] == "busy":
+        subprocess.run([*sys.argv[4:-1], "sleep", sys.argv[-1]])
+
+if __name__ == "__main__":
+    tasks = [(number, numpy.zeros(300_000)) for number in range(2)]
+    results = Joblib.setup(work, tasks, 2, backend=backend, batch_size=1)
+    next(results)
+    next(results)  # which does not end the run: its workers are idle
+    print("idle", flush=True)
+    sys.stdin.readline()
+    if sys.argv[3] == "crash":
+        ctypes.string_at(0)
+    os._exit(3)
+"""
+
+
+# The ways matter to Linux alone, so that not all start methods need to be tried with each.
+WAYS = [("loky", getattr(signal, name)) for name in ("SIGTERM", "SIGHUP", "SIGSEGV")]
+
+
+WAYS += [(method, signal.SIGKILL) for method in METHODS]
+
+
+def end_program(process, way):
+    """End a program that `ENDED` is the source of."""
+    if way in ("crash", "_exit"):
+        process.stdin.write("\n")
+        process.stdin.flush()
+    else:
+        process.send_signal(way)
+    return process.wait()
+
+
+def has_files(pid):
+    return any(Path("/dev/shm").glob(f"*_{pid}_*"))
+
+
+def check_that_nothing_is_left(process, way, pids, seconds):
+    assert has_files(process.pid)
+    status = end_program(process, way)
+    expected = {"_exit": 3, "crash": -signal.SIGSEGV}
+    assert status == (expected[way] if isinstance(way, str) else -way)
+    wait_until(lambda: not any(map(is_running, pids)))
+    wait_until(lambda: not running(seconds))
+    wait_until(lambda: not has_files(process.pid))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("begun", "way"), WAYS, indirect=["begun"])
+def test_busy_workers_and_their_programs_end_with_a_program_that_is_killed(
+    begun, way, seconds
+):
+    process = begun(ENDED, "busy", "", seconds)
+    pids = {int(process.stdout.readline()) for _ in range(2)}
+    wait_until(lambda: len(sleeping(seconds)) == 2)
+    check_that_nothing_is_left(process, way, pids, seconds)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("begun", "way"),
+    [("loky", signal.SIGKILL), ("fork", "crash"), ("loky", "_exit")],
+    indirect=["begun"],
+)
+def test_idle_workers_end_with_a_program_that_ends_in_any_way(begun, way, seconds):
+    process = begun(ENDED, "idle", way, seconds)
+    lines = [process.stdout.readline() for _ in range(3)]
+    assert lines.pop() == "idle\n"
+    check_that_nothing_is_left(process, way, set(map(int, lines)), seconds)
+
+
+BIG = "bytes(3_000_000)"
+
+
+def closed(setup, folder):
+    results = setup(itertools.repeat(BIG))
+    next(results)
+    results.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "closed"),
+    [
+        *(("descriptor", closed) for closed in ([0], [1], [2], [0, 1, 2])),
+        ("None", [0, 1, 2]),
+        ("object", [0, 1, 2]),
+    ],
+)
+def test_standard_streams_may_be_closed(program, tmp_path, closed, way):
+    source = """
+        import os, sys
+        if sys.argv[2] == "descriptor" and len(sys.argv) < 4:
+            for number in eval(sys.argv[1]):
+                os.close(number)
+            os.execv(sys.executable, [sys.executable, *sys.argv, "closed"])
+        from yourpackage.distributed import Joblib
+
+        def work(task):
+            print(task)
+            return task
+
+        if __name__ == "__main__":
+            for number in eval(sys.argv[1]):
+                name = ("stdin", "stdout", "stderr")[number]
+                if sys.argv[2] == "None":
+                    setattr(sys, name, None)
+                elif sys.argv[2] == "object":
+                    getattr(sys, name).close()
+            for backend in ("loky", "multiprocessing", "threading"):
+                if sys.argv[2] != "object" or backend != "threading":
+                    total = sum(Joblib.setup(work, range(9), 2, backend=backend))
+                    with open("total.txt", "a") as file:
+                        print(total, file=file)
+            os._exit(0)
+    """
+    program(source, closed, way).wait()
+    totals = (tmp_path / "total.txt").read_text().split()
+    assert totals == ["36"] * (2 if way == "object" else 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Ends cleanly: interrupts
+
+
 INTERRUPTED_WAIT = """
     import sys
     from yourpackage.distributed import Joblib
@@ -2435,129 +1963,339 @@ def test_an_interrupt_at_the_terminal_while_workers_start_prints_nothing(program
         assert output_of(process) == ""
 
 
-@pytest.mark.parametrize("package", ["dask", "ray"])
-def test_a_missing_engine_is_named(program, package):
-    source = """
-        import sys
-        from yourpackage.distributed import Joblib
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", LOCAL)
+def test_interrupts_at_any_time(program, backend):
+    output = output_of(program(INTERRUPTED, backend, 4, 0))
+    assert output == "4 interrupts, 0 left\n"
 
-        sys.modules[sys.argv[2]] = None  # as if it were not installed
+
+INTERRUPTED_START = """
+import select
+
+def interrupt(delay):
+    select.select([], [], [], delay)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def workers():
+    # Each leads a session; so does this program, and no helper of Python does.
+    multiprocessing.active_children()  # waits for those that have ended
+    parents, sessions = {}, {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            Joblib.setup(abs, [1], backend=sys.argv[1])
-        except ImportError as error:
-            print(error)
-    """
-    hidden = {"dask": "distributed", "ray": "ray"}[package]
-    assert "pip install" in output_of(program(source, package, hidden))
+            with open(f"/proc/{name}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(name)], sessions[int(name)] = int(fields[1]), int(fields[3])
+    servers = {pid for pid, parent in parents.items() if parent == os.getpid()}
+    ours = {pid for pid, parent in parents.items() if parent in servers} | servers
+    return [pid for pid in ours if sessions[pid] != os.getsid(0)]
 
-
-def test_a_copy_that_hides_the_package_of_dask(program, tmp_path):
-    shutil.copy(FILE, tmp_path)
-    source = """
-        from distributed import Joblib
-
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+    count, seed, longest = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    chance = random.Random(seed)
+    for _ in range(count):
+        delay = chance.uniform(0.002, longest)
+        thread = threading.Thread(target=interrupt, args=(delay,))
         try:
-            Joblib.setup(abs, [1], backend="dask")
-        except ImportError as error:
-            print(error)
-    """
-    output = output_of(program(source))
-    assert str(tmp_path / "distributed.py") in output
-    assert "move that file into a package" in output
+            thread.start()
+            list(Joblib.setup(abs, range(9), 2, backend=backend, batch_size=1))
+            thread.join()
+            time.sleep(1)  # Python drops an interrupt that comes in a hook of a fork
+        except KeyboardInterrupt:
+            pass
+        thread.join()
+        if chance.random() < 0.5:
+            Joblib.shutdown()  # so that the next run starts a pool
+    assert sum(Joblib.setup(abs, range(9), 2, backend=backend)) == 36
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    Joblib.shutdown()
+    while _open_runs:
+        time.sleep(0.01)
+    while workers():
+        time.sleep(0.01)
+    print("done, blocked:", blocked)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_interrupts_at_every_moment_of_the_start_of_a_pool(begun):
+    count, longest = (40, 0.03) if begun.method == "fork" else (12, 0.5)
+    output = output_of(begun(INTERRUPTED_START, count, 1, longest))
+    assert output == "done, blocked: False\n"
+
+
+# An interrupt of which another thread takes the signal is not kept from the main thread
+# by its mask: `interrupt_main` is what happens then.
+INTERRUPTED_THERE = """
+import _thread, multiprocessing.process
+
+def interrupting(function, when, is_meant):
+    calls = itertools.count(1)
+
+    def call(*arguments):
+        meant = is_meant(*arguments) and next(calls) == 2
+        if meant and when == "before":
+            _thread.interrupt_main()
+        function(*arguments)
+        if meant and when == "after":
+            _thread.interrupt_main()
+
+    return call
+
+if __name__ == "__main__":
+    kind, when = sys.argv[2:]
+    if kind == "process":
+        owner, is_meant = multiprocessing.process.BaseProcess, lambda process: True
+    else:
+        owner = threading.Thread
+        is_meant = lambda thread: getattr(thread._target, "__name__", "") == "_attend"
+    start, owner.start = owner.start, interrupting(owner.start, when, is_meant)
+    try:
+        list(Joblib.setup(abs, range(9), 2, backend=backend, batch_size=1))
+    except KeyboardInterrupt:
+        print("interrupted")
+    owner.start = start
+    while _open_runs:
+        time.sleep(0.01)
+    Joblib.shutdown()
+    print(len(multiprocessing.active_children()), "left")
+"""
+
+
+@pytest.mark.once
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["process", "thread"])
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_an_interrupt_at_a_moment_of_the_start_of_a_pool(begun, kind, when):
+    if kind == "process" and begun.method != "fork":
+        pytest.skip("its processes are started in threads, which are not interrupted")
+    output = output_of(begun(INTERRUPTED_THERE, kind, when, warnings="ignore"))
+    assert output == "interrupted\n0 left\n"
+
+
+@pytest.mark.locally
+def test_an_interrupt_of_the_tasks_comes_at_once(setup):
+    def tasks():
+        yield value(1)
+        raise KeyboardInterrupt
+
+    received, error = collect(setup(eval, tasks()), KeyboardInterrupt)
+    assert error is not None
+    assert received == []
+    assert sorted(setup(abs, [-1, -2])) == [1, 2]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("errors", "batch_size"), [("raise", 5), ("return", 1)])
+def test_an_interrupt_while_a_result_is_unpickled_ends_the_run(
+    processes, errors, batch_size
+):
+    reduced = "(__import__('signal').raise_signal, (2,))"
+    interrupts = f"type('R', (), {{'__reduce__': lambda self: {reduced}}})()"
+    tasks = [value(0), interrupts, *map(value, range(9))]
+    with pytest.raises(KeyboardInterrupt):
+        list(processes(run, tasks, errors=errors, batch_size=batch_size))
+    assert sorted(processes(abs, [-1, -2])) == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------
-# Programs that are left
+# The caller's thread
+
+
+@pytest.mark.alike
+def test_tasks_are_drawn_in_the_thread_and_context_of_the_consumer(setup):
+    variable = contextvars.ContextVar("variable")
+    variable.set("consumer's")
+    inside = False
+    seen = []
+
+    def tasks():
+        for task in range(50):
+            seen.append((threading.get_ident(), variable.get(None), inside))
+            yield task
+
+    results = setup(abs, tasks())
+    for _ in range(50):
+        inside = True
+        next(results)
+        inside = False
+    assert next(results, None) is None
+    assert set(seen) == {(threading.get_ident(), "consumer's", True)}
+
+
+@pytest.mark.locally
+def test_a_database_cursor_can_feed(setup):
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        counting = "SELECT 0 UNION ALL SELECT n + 1 FROM r WHERE n < 99"
+        rows = f"WITH RECURSIVE r(n) AS ({counting}) SELECT n FROM r"
+        assert sorted(setup(sum, database.execute(rows))) == list(range(100))
+
+
+@pytest.mark.locally
+def test_a_run_can_be_read_by_one_thread_after_another(setup):
+    results = setup(abs, range(100))
+    received = []
+    for _ in range(10):
+        thread = threading.Thread(
+            target=lambda: received.extend(itertools.islice(results, 9))
+        )
+        thread.start()
+        thread.join()
+    received.extend(results)
+    assert sorted(received) == list(range(100))
+
+
+@pytest.mark.locally
+def test_runs_can_be_read_in_threads(setup):
+    received = []
+
+    def read():
+        received.append(sum(setup(abs, range(100))))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert received == [4950] * 4
+
+
+READER = """
+def read():
+    results = Joblib.setup(abs, iter(range(200)), 2, backend=backend, batch_size=1)
+    received = [next(results)]
+    first.set()
+    threading.main_thread().join()
+    assert not threading.main_thread().is_alive()
+    received.extend(results)
+    print(sorted(received) == list(range(200)), flush=True)
+
+if __name__ == "__main__":
+    first = threading.Event()
+    threading.Thread(target=read).start()
+    first.wait()
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
+def test_a_reader_goes_on_when_the_main_thread_has_ended(begun):
+    # Python warns of forks beside threads, such as the reader.
+    process = begun(READER, warnings="ignore")
+    assert output_of(process) == "True\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Composable
+
+
+@pytest.mark.parametrize("depth", [2, pytest.param(3, marks=pytest.mark.locally)])
+@pytest.mark.parametrize(
+    "return_as",
+    [pytest.param("generator", marks=pytest.mark.locally), "generator_unordered"],
+)
+def test_runs_can_be_chained(setup, depth, return_as):
+    stage = iter(range(200))
+    for _ in range(depth):
+        stage = setup(abs, stage, return_as=return_as)
+    assert Counter(stage) == Counter(range(200))
+
+
+@pytest.mark.locally
+def test_runs_can_be_interleaved(setup):
+    one, two = setup(abs, range(100)), setup(abs, range(100, 200))
+    pairs = list(zip(one, two, strict=True))
+    assert sorted(itertools.chain(*pairs)) == list(range(200))
 
 
 @pytest.mark.slow
-def test_a_program_whose_runs_end_in_any_way_prints_nothing(program):
+def test_runs_with_other_options_overlap(tmp_path):
+    options = [
+        {},
+        {"max_nbytes": None, "num_workers": 3},
+        {"temp_folder": str(tmp_path), "mmap_mode": "c"},
+        {"num_workers": 1},
+    ]
+    runs = [
+        Joblib.setup(abs, range(100), **{"num_workers": 2, **more}) for more in options
+    ]
+    for _ in range(10):
+        for run in runs:
+            next(run)
+    assert [len(list(run)) for run in runs] == [90] * 4
+
+
+def run_in_threads(count):
+    return sum(Joblib.setup(abs, range(count), num_workers=2, backend="threading"))
+
+
+def test_a_run_can_be_started_in_a_task():
+    results = Joblib.setup(
+        run_in_threads, [10, 20, 30], num_workers=2, backend="threading"
+    )
+    assert sorted(results) == [45, 190, 435]
+
+
+@pytest.mark.slow
+def test_a_run_in_a_task_of_another(program):
     source = """
-        import itertools, os, time
         from yourpackage.distributed import Joblib
 
-        def work(task):
-            time.sleep(0 if task < 3 else 3600)
-            return task
+        def total(count):
+            return sum(Joblib.setup(abs, range(count)))
 
         if __name__ == "__main__":
-            for _ in Joblib.setup(work, itertools.count(), num_workers=2):
+            print(*sorted(Joblib.setup(total, [10, 20], num_workers=2)))
+    """
+    assert output_of(program(source)) == "45 190\n"
+
+
+NESTED = """
+    import itertools, multiprocessing, os, sys
+    from yourpackage.distributed import FailedTask, Joblib
+
+    def dies(task):
+        if task == 1:
+            os.kill(os.getpid(), 9)
+        return task
+
+    def run(backend, way):
+        setup = __import__("functools").partial(Joblib.setup, backend=backend)
+        if way == "read":
+            return sum(setup(abs, range(9), 2))
+        if way == "left":
+            for _ in setup(abs, itertools.count(), 2, batch_size=1):
                 break
-            for function, timeout in (work, 1), (os._exit, None):
-                try:
-                    list(Joblib.setup(function, range(9), 2, timeout=timeout))
-                except Exception as error:
-                    print(isinstance(error, TimeoutError), type(error).__name__)
-                print(sum(Joblib.setup(abs, range(10), num_workers=2)))
-    """
-    expected = "True TimeoutError\n45\nFalse BrokenProcessPool\n45\n"
-    assert output_of(program(source)) == expected
+            return len(multiprocessing.active_children())
+        return len(list(setup(dies, range(9), 2, errors="return", batch_size=1)))
+
+    def inner(arguments):
+        return run(*arguments)
+
+    if __name__ == "__main__":
+        multiprocessing.set_start_method("fork", force=True)
+        outer, nested, way = sys.argv[1:]
+        print(*Joblib.setup(inner, [(nested, way)], 2, backend=outer))
+"""
 
 
-@pytest.mark.slow
-def test_leaving_while_much_is_queued(program):
-    source = """
-        import itertools, time
-        from yourpackage.distributed import Joblib
-
-        if __name__ == "__main__":
-            for task_func, pre_dispatch in (time.sleep, 99), (int, "all"):
-                results = Joblib.setup(
-                    task_func, [0.001] * 9999, 2, batch_size=1, pre_dispatch=pre_dispatch
-                )
-                next(results)
-                results.close()
-            print("left")
-    """
-    assert output_of(program(source)) == "left\n"
-
-
-@pytest.mark.slow
-def test_leaving_while_other_threads_compute(program):
-    source = """
-        import itertools, threading
-        from yourpackage.distributed import Joblib
-
-        def compute():
-            while not done:
-                pass
-
-        if __name__ == "__main__":
-            done = False
-            threads = [threading.Thread(target=compute) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            results = Joblib.setup(abs, itertools.count(), num_workers=2)
-            next(results)
-            results.close()
-            done = True
-            print("left")
-    """
-    assert output_of(program(source)) == "left\n"
-
-
-def test_batches_are_handed_over_while_the_consumer_is_elsewhere(tmp_path):
-    tasks = [touch(tmp_path / str(number)) for number in range(40)]
-    results = Joblib.setup(eval, tasks, num_workers=2, batch_size=1, pre_dispatch="all")
-    next(results)
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 40)
-    results.close()
-
-
-def test_an_error_that_leaves_nothing_out_leaves_the_workers():
-    assert len(list(Joblib.setup(abs, range(9), num_workers=2))) == 9
-    workers = workers_of_loky()
-    assert workers
-    _, error = collect(Joblib.setup(eval, ["1 / 0"], num_workers=2), ZeroDivisionError)
-    assert error is not None
-    assert list(Joblib.setup(abs, [], num_workers=2)) == []
-    assert workers <= workers_of_loky()
-
-
-def workers_of_loky():
-    return {
-        child.pid for child in multiprocessing.active_children() if "Loky" in child.name
-    }
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("outer", "inner", "way", "expected"),
+    [
+        *((*pair, "read", 36) for pair in itertools.product(PROCESSES, repeat=2)),
+        ("loky", "loky", "left", 0),
+        ("multiprocessing", "multiprocessing", "dies", 9),
+    ],
+)
+def test_a_run_of_processes_in_a_task_of_another(program, outer, inner, way, expected):
+    assert output_of(program(NESTED, outer, inner, way)) == f"{expected}\n"
 
 
 @pytest.mark.slow
@@ -2580,302 +2318,129 @@ def test_an_error_of_a_run_in_a_task(program):
     assert output_of(program(source)) == "1\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", ["main", "thread"])
-@pytest.mark.parametrize("collector", ["main", "thread"])
-def test_the_collector_does_not_decide_the_order(
-    any_local_setup, reader, collector, capfd
-):
-    def run(function):
-        thread = threading.Thread(target=function)
-        thread.start()
-        thread.join()
-
-    cycle = [any_local_setup(abs, itertools.count())]
-    gc.collect(0)  # now that generator is older than the one of joblib
-    read = functools.partial(next, cycle[0])
-    read() if reader == "main" else run(read)
-    cycle.append(cycle)  # for the garbage collector alone
-    del read, cycle
-    gc.collect() if collector == "main" else run(gc.collect)
-    assert sorted(any_local_setup(abs, [-1, -2, -3])) == [1, 2, 3]
-    wait_until(lambda: not distributed._open_runs)
-    assert capfd.readouterr().err == ""
-
-
-@pytest.fixture(params=LOCAL)
-def any_local_setup(request):
-    return start(request, request.param)
-
-
-def test_a_run_left_in_a_thread_that_has_ended_is_collected_in_silence(capfd):
-    cycle = [
-        Joblib.setup(
-            bytes,
-            [4_000_000] * 60,
-            4,
-            backend="multiprocessing",
-            batch_size=3,
-            pre_dispatch="all",
-        )
-    ]
-    cycle.append(cycle)  # for the garbage collector alone
-    thread = threading.Thread(target=next, args=(cycle[0],))
-    thread.start()
-    thread.join()
-    del thread, cycle
-    gc.collect()
-    wait_until(lambda: not distributed._open_runs)
-    assert capfd.readouterr().err == ""
-
-
-BAD_RESULT = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
-DEADLY_RESULT = f"type('Bad', (), {{'__reduce__': lambda self: ({KILL}, 1)[1]}})()"
-
-
-@pytest.mark.parametrize(
-    "fault", [KILL, EXIT, BAD_RESULT, DEADLY_RESULT, raising("SystemExit()")]
-)
-def test_a_pool_that_fails_leaves_nothing(tmp_path, fault):
-    list(Joblib.setup(abs, [1], 2, backend="multiprocessing"))  # starts what stays
-    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
-    tasks = [block(tmp_path), value(1), fault, *[value(1)] * 9]
-    results = Joblib.setup(eval, tasks, 2, backend="multiprocessing", batch_size=1)
-    _, error = collect(results, BaseException)
-    assert error is not None
-    assert not any("Pool" in child.name for child in multiprocessing.active_children())
-    assert not any(map(is_alive, pids_in(tmp_path)))
-    del error, results
-    wait_until(lambda: set(threading.enumerate()) <= threads)
-    gc.collect()
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "way"),
-    [("loky", "exit"), ("multiprocessing", "break"), ("threading", "exit")],
-)
-def test_leaving_a_program_that_handles_sigterm(program, backend, way):
+@pytest.mark.once
+@pytest.mark.parametrize("outer", PROCESSES)
+def test_a_time_out_of_a_nested_run_comes_home(program, outer):
     source = """
-        import multiprocessing, signal, sys, time
+        import multiprocessing, pickle, sys, time
         from yourpackage.distributed import Joblib
 
-        def busy(task):
-            end = time.monotonic() + (0.1 if task == 0 else 2)
-            while time.monotonic() < end:
-                pass
-
-        if __name__ == "__main__":
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            for _ in Joblib.setup(busy, range(99), num_workers=2, backend=sys.argv[1]):
-                if sys.argv[2] == "exit":
-                    sys.exit()
-                break
-            print(*multiprocessing.active_children())
-    """
-    output = output_of(program(source, backend, way))
-    assert output == ("" if way == "exit" else "\n")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", LOCAL)
-def test_interrupts_at_any_time(program, backend):
-    output = output_of(program(INTERRUPTED, backend, 4, 0))
-    assert output == "4 interrupts, 0 left\n"
-
-
-INTERRUPTED = """
-    import multiprocessing, os, random, signal, sys, threading, time
-    from yourpackage.distributed import Joblib, _open_runs
-
-    def interrupt(delay):
-        time.sleep(delay)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    if __name__ == "__main__":
-        backend, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-        chance = random.Random(seed)
-        interrupts = 0
-        for _ in range(count):
-            thread = threading.Thread(target=interrupt, args=(chance.uniform(0, 0.3),))
-            try:
-                if backend != "multiprocessing":
-                    thread.start()
-                for result in Joblib.setup(time.sleep, [0.001] * 999, 2, backend=backend):
-                    if thread.ident is None:
-                        thread.start()  # not while this process forks
-                time.sleep(60)
-            except KeyboardInterrupt:
-                interrupts += 1
-            thread.join()
-            assert len(list(Joblib.setup(abs, range(20), 2, backend=backend))) == 20
-        while _open_runs:
-            time.sleep(0.01)
-        Joblib.shutdown()
-        left = multiprocessing.active_children()
-        print(interrupts, "interrupts,", len(left), "left")
-"""
-
-
-def test_the_error_of_a_dead_worker_is_shown_as_it_is():
-    _, error = collect(Joblib.setup(eval, [KILL] * 2, num_workers=2), BrokenExecutor)
-    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    assert names == ["collect", "_results"]
-
-
-FORKED = """
-    import multiprocessing, os, sys, warnings
-    from yourpackage.distributed import Joblib
-
-    def show(results):
-        try:
-            print(sum(results), flush=True)
-        except RuntimeError as error:
-            print(error, flush=True)
-
-    if __name__ == "__main__":
-        warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
-        backend, used, way = sys.argv[1:]
-        results = Joblib.setup(abs, [1] * 100, 2, backend=backend, batch_size=1)
-        if used == "used":
-            next(results)
-        if os.fork() == 0:
-            if used == "used":
-                show(results)
-            show(Joblib.setup(abs, range(10), num_workers=2, backend=backend))
-            left = multiprocessing.active_children()
-            for _ in Joblib.setup(abs, range(10), num_workers=2, backend=backend):
-                break
-            print(left, multiprocessing.active_children(), flush=True)
-            sys.exit() if way == "exit" else os._exit(0)
-        print(os.wait()[1], flush=True)
-        show(results)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(
-    ("backend", "used", "way"),
-    [
-        ("loky", "used", "exit"),
-        ("loky", "used", "_exit"),
-        ("loky", "unused", "exit"),
-        ("multiprocessing", "used", "exit"),
-        ("threading", "used", "exit"),
-    ],
-)
-def test_a_fork(program, backend, used, way):
-    output = output_of(program(FORKED, backend, used, way)).splitlines()
-    if used == "used":
-        first = "a run cannot be read in a fork of the process it is from"
-        assert output.pop(0) == first
-    assert output == ["45", "[] []", "0", "99" if used == "used" else "100"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_of_a_process_that_has_used_the_fork_server(program):
-    source = """
-        import multiprocessing, os, sys, warnings
-        from yourpackage.distributed import Joblib
-
-        if __name__ == "__main__":
-            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
-            multiprocessing.set_start_method("forkserver")
-            options = {"num_workers": 2, "backend": "multiprocessing"}
-            print(sum(Joblib.setup(abs, range(10), **options)), flush=True)
-            if os.fork() == 0:
-                print(sum(Joblib.setup(abs, range(10), **options)), flush=True)
-                sys.exit()
-            print(os.wait()[1])
-    """
-    assert output_of(program(source)) == "45\n45\n0\n"
-
-
-CHILD = """
-    import multiprocessing, sys, time
-    from yourpackage.distributed import Joblib
-
-    def work(task):  # a function of the program, called __mp_main__ in a child
-        time.sleep(seconds)
-        return 2 * task
-
-    def child(way, duration):
-        global seconds
-        seconds = float(duration)
-        results = Joblib.setup(work, range(8), num_workers=2)
-        if way == "read":
-            assert sum(results) == 56
-        elif way == "left":
-            next(results)
-        elif way == "open":
-            globals()["kept"] = results
-            next(results)
-
-    if __name__ == "__main__":
-        method, *arguments = sys.argv[1:]
-        context = multiprocessing.get_context(method)
-        process = context.Process(target=child, args=arguments)
-        process.start()
-        process.join()
-        print(process.exitcode)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "way", "duration"),
-    [
-        ("spawn", "read", "0.2"),
-        ("spawn", "open", "0.2"),
-        *(("fork", way, "0") for way in ("read", "left", "open")),
-        ("forkserver", "read", "0.2"),
-    ],
-)
-def test_a_child_process_ends_when_it_is_done(program, method, way, duration):
-    assert output_of(program(CHILD, method, way, duration)) == "0\n"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(
-    ("backend", "batch_size"), [("loky", 1), ("loky", 4), ("threading", 1)]
-)
-def test_a_fork_that_reads_on_takes_nothing_from_its_parent(
-    program, backend, batch_size
-):
-    source = """
-        import os, sys, warnings
-        from yourpackage.distributed import Joblib
-
-        def tasks():
-            while byte := os.read(reader, 1):  # of a pipe that the fork has as well
-                yield byte[0]
-
-        if __name__ == "__main__":
-            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
-            reader, writer = os.pipe()
-            os.write(writer, bytes(range(40)))
-            os.close(writer)
-            backend, batch_size = sys.argv[1:]
-            results = Joblib.setup(
-                abs, tasks(), 2, backend=backend, batch_size=int(batch_size)
+        def inner(backend):
+            if multiprocessing.current_process().name == "MainProcess":
+                raise AssertionError
+            return list(
+                Joblib.setup(time.sleep, [3600], 2, backend=backend, timeout=0.3)
             )
-            received = [next(results)]
-            if os.fork() == 0:
-                try:
-                    print(next(results))
-                except RuntimeError as error:
-                    print(error, flush=True)
-                os._exit(0)
-            os.wait()
-            print(sorted([*received, *results]) == list(range(40)))
+
+        if __name__ == "__main__":
+            outer, nested = sys.argv[1:]
+            try:
+                list(Joblib.setup(inner, [nested], 2, backend=outer))
+            except TimeoutError as error:
+                error = pickle.loads(pickle.dumps(error))
+                print(
+                    type(error).__name__,
+                    isinstance(error, multiprocessing.TimeoutError),
+                    "timeout of 0.3 seconds" in str(error),
+                )
     """
-    assert output_of(program(source, backend, batch_size)) == (
-        "a run cannot be read in a fork of the process it is from\nTrue\n"
-    )
+    assert output_of(program(source, outer, "loky")) == "TimeoutError True True\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Independent
+
+
+@pytest.mark.slow
+def test_each_run_has_workers_of_its_own(processes):
+    def run(number, workers):
+        prepared = f"import os; os.environ['NUMBER'] = '{number}'"
+        seen = f"({PID}, __import__('os').environ['NUMBER'])"
+        tasks = [f"(__import__('time').sleep(0.01), {seen})[1]"] * 50
+        options = {"initializer": exec, "initargs": (prepared,), "batch_size": 1}
+        return processes(eval, tasks, num_workers=workers, **options)
+
+    counts = [2, 3, 2]
+    runs = list(itertools.starmap(run, enumerate(counts)))
+    for _ in range(10):
+        seen = [{next(results)} for results in runs]
+    for number, results in enumerate(runs):
+        seen[number].update(results)
+        assert {value for _, value in seen[number]} == {str(number)}
+        assert 1 <= len(seen[number]) <= counts[number]
+    pids = [{pid for pid, _ in pairs} for pairs in seen]
+    assert len(set().union(*pids)) == sum(map(len, pids))
+
+
+def disturb_by_error(setup, folder):
+    assert collect(setup(eval, [raising("KeyError()")] * 4), KeyError)[1] is not None
+
+
+def disturb_by_closing(setup, folder):
+    results = setup(abs, itertools.count(), batch_size=1)
+    next(results)
+    results.close()
+
+
+def disturb_by_timeout(setup, folder):
+    with pytest.raises(TimeoutError):
+        next(setup(eval, [await_path(folder / "never")] * 2, timeout=0.1))
+    (folder / "never").touch()  # where it cannot be stopped
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        pytest.param(disturb_by_error, marks=pytest.mark.alike),
+        pytest.param(disturb_by_closing, marks=pytest.mark.alike),
+        disturb_by_timeout,
+    ],
+)
+@pytest.mark.parametrize(
+    "return_as",
+    [pytest.param("generator", marks=pytest.mark.locally), "generator_unordered"],
+)
+def test_runs_do_not_disturb_each_other(setup, tmp_path, disturb, return_as):
+    tasks = [value(0), await_path(tmp_path / "go", 1), *map(value, range(2, 30))]
+    run = setup(eval, tasks, batch_size=1, return_as=return_as)
+    received = [next(run)]
+    disturb(setup, tmp_path)  # while it is at work
+    (tmp_path / "go").touch()
+    received.extend(run)
+    assert sorted(received) == list(range(30))
+    assert return_as == "generator_unordered" or received == list(range(30))
+
+
+def test_a_run_that_is_left_stops_though_others_go_on(processes, tmp_path):
+    (tmp_path / "pids").mkdir()
+    other = processes(eval, [value(0), await_path(tmp_path / "go", 1)])
+    received = [next(other)]
+    left = processes(eval, [value(0), *[block(tmp_path / "pids")] * 9])
+    assert next(left) == 0
+    wait_until(lambda: pids_in(tmp_path / "pids"))
+    left.close()
+    assert not any(map(is_alive, pids_in(tmp_path / "pids")))
+    (tmp_path / "go").touch()
+    assert [*received, *other] == [0, 1]
+
+
+FAULTS = [KILL, "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_fault_of_a_run_is_its_own(processes, fault):
+    resting = processes(abs, range(100), batch_size=1)
+    next(resting)
+    _, error = collect(processes(eval, [fault] * 2), Exception)
+    assert error is not None
+    assert sum(1 for _ in resting) == 99
+
+
+def test_two_runs_do_not_mix_up_their_functions(remembering):
+    model = by_value(Model)
+    one, two = (remembering(model(data).objective, range(40)) for data in "ab")
+    pairs = list(zip(one, two, strict=True))
+    assert {(a[3], b[3]) for a, b in pairs} == {("a", "b")}
 
 
 @pytest.mark.slow
@@ -2901,936 +2466,507 @@ def test_a_plain_joblib_beside_does_not_disturb(tmp_path):
     worker.join()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_while_another_thread_starts_a_run(program):
-    source = """
-        import multiprocessing, os, sys, threading, time, warnings
-        from yourpackage import distributed
-
-        def start():
-            list(distributed.Joblib.setup(abs, range(9), num_workers=2))
-
-        def open_slowly(*arguments, **options):
-            if threading.current_thread() is not threading.main_thread():
-                has_begun.set()
-                time.sleep(0.1)
-            return pipe(*arguments, **options)
-
-        if __name__ == "__main__":
-            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
-            has_begun, pipe = threading.Event(), multiprocessing.Pipe
-            multiprocessing.Pipe = open_slowly
-            thread = threading.Thread(target=start)
-            thread.start()
-            has_begun.wait()
-            if os.fork() == 0:
-                print(sum(distributed.Joblib.setup(abs, range(9), num_workers=2)))
-                sys.exit()
-            thread.join()
-            os.wait()
-    """
-    assert output_of(program(source)) == "36\n"
+def test_a_backend_that_is_in_use_is_not_disturbed():
+    backend = joblib.parallel.ThreadingBackend()
+    with joblib.Parallel(n_jobs=2, backend=backend) as parallel:
+        for _ in range(2):
+            assert parallel(joblib.delayed(abs)(-task) for task in range(9)) == [
+                *range(9)
+            ]
+            assert len(list(Joblib.setup(abs, range(9), 2, backend=backend))) == 9
 
 
-def test_a_run_that_is_collected_while_another_uses_the_pool_is_not_waited_for(
-    monkeypatch,
-):
-    assert distributed._open_runs == set()
-    cycle = [Joblib.setup(abs, range(99), num_workers=2, batch_size=1)]
-    cycle.append(cycle)  # for the garbage collector alone
-    next(cycle[0])
-    (forsaken,) = distributed._open_runs
-    waits = []
-    monkeypatch.setattr(forsaken.ended, "wait", lambda **options: waits.append(options))
-    results = Joblib.setup(abs, range(9), num_workers=2, batch_size=1)
-    first = next(results)
-    submit = distributed._Pool.submit
-
-    def collect(pool, data):
-        gc.collect()
-        return submit(pool, data)
-
-    monkeypatch.setattr(distributed._Pool, "submit", collect)
-    gc.disable()
-    try:
-        del cycle
-        assert first + sum(results) == sum(range(9))
-    finally:
-        gc.enable()
-    assert waits == []
-    wait_until(forsaken.ended.is_set)
-
-
-class UnstoppableThreading(joblib.parallel.ThreadingBackend):
-    """A joblib backend that fails when joblib has been told to stop."""
-
-    terminated = threading.Event()
-
-    def stop_call(self):
-        raise OSError("cannot stop")
-
-    def terminate(self):
-        super().terminate()
-        self.terminated.set()
-
-
-def test_workers_are_stopped_even_if_joblib_fails_to_stop(monkeypatch):
-    errors = []
-    monkeypatch.setattr(threading, "excepthook", errors.append)
-    for _ in Joblib.setup(abs, range(99), 2, backend=UnstoppableThreading()):
-        break
-    assert UnstoppableThreading.terminated.wait(60)
-    assert distributed._open_runs == set()
-    assert [str(error.exc_value) for error in errors] == ["cannot stop"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", PROCESSES)
-def test_a_fork_that_exits_leaves_its_parent_alone(program, backend):
-    pytest.importorskip("numpy")
-    source = """
-        import os, sys, warnings
-        import numpy
-        from yourpackage.distributed import Joblib
-
-        if __name__ == "__main__":
-            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
-            arrays = (numpy.full(300_000, task) for task in range(30))
-            results = Joblib.setup(numpy.max, arrays, 2, backend=sys.argv[1], batch_size=1)
-            total = next(results)
-            if os.fork() == 0:
-                sys.exit()
-            os.wait()
-            print(total + sum(results))
-    """
-    assert output_of(program(source, backend)) == "435\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", PROCESSES)
-def test_stopping_on_sigterm(program, tmp_path, backend):
-    source = """
-        import signal, sys
-        from yourpackage.distributed import Joblib
-
-        if __name__ == "__main__":
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            list(Joblib.setup(eval, sys.argv[2:], num_workers=2, backend=sys.argv[1]))
-    """
-    folder = tmp_path / "pids"
-    folder.mkdir()
-    process = program(source, backend, *[block(folder)] * 9)
-    wait_until(lambda: pids_in(folder))
-    process.terminate()
-    assert (*process.communicate(), process.returncode) == ("", "", 143)
-    wait_until(lambda: not any(map(is_alive, pids_in(folder))))
-
-
-COMPARED = """
-    import contextlib, itertools, multiprocessing, os, pathlib, sys, tempfile, time, warnings, weakref
-    from concurrent.futures import ProcessPoolExecutor
-    import joblib
-    import numpy
-    from yourpackage.distributed import Joblib
-
-    def plain_joblib(function, tasks, **options):
-        parallel = joblib.Parallel(n_jobs=2, return_as="generator_unordered", **options)
-        return parallel(joblib.delayed(function)(task) for task in tasks)
-
-    def executor(function, tasks, batch_size=1, pre_dispatch=None):
-        workers = stack.enter_context(ProcessPoolExecutor(2))
-        return workers.map(function, tasks, chunksize=batch_size)
-
-    def pool(function, tasks, batch_size=1, pre_dispatch=None):
-        workers = stack.enter_context(multiprocessing.Pool(2))
-        return workers.imap_unordered(function, tasks, chunksize=batch_size)
-
-    def pebble_map(function, tasks, batch_size=1, pre_dispatch=None, timeout=None):
-        pebble = __import__("pebble")
-        workers = stack.enter_context(pebble.ProcessPool(2))
-        stack.callback(workers.stop)
-        return workers.map(function, tasks, chunksize=batch_size, timeout=timeout).result()
-
-    def this_module(function, tasks, **options):
-        return Joblib.setup(function, tasks, num_workers=2, **options)
-
-    def survivors(function, limit):
-        # 10 tasks, of which two fail in a way of their own.
-        options = {"timeout": limit, "batch_size": 1}
-        if sys.argv[2] == "this_module":
-            options["errors"] = "return"
-        if sys.argv[2] == "executor":
-            workers = stack.enter_context(ProcessPoolExecutor(2))
-            results = workers.map(function, range(10), timeout=limit)
-        elif sys.argv[2] == "pool":
-            workers = stack.enter_context(multiprocessing.Pool(2))
-            unlimited = workers.imap_unordered(function, range(10))
-            results = iter(lambda: unlimited.next(limit), None)
-        else:
-            results = run(function, range(10), **options)
-        received, failed = [], 0
-        while failed < 3 and len(received) + failed < 10:
-            try:
-                result = next(results)
-                is_failed = type(result).__name__ == "FailedTask"
-                failed += is_failed
-                received += [] if is_failed else [result]
-            except StopIteration:
-                break
-            except Exception:
-                failed += 1
-        return "costs these tasks" if len(received) == 8 else "ends the run"
-
-    def death():
-        return survivors(die, None)
-
-    def die(task):
-        time.sleep(0.1)
-        return os._exit(1) if task in (4, 5) else task
-
-    def hang():
-        return survivors(sleep_long, 1.5)
-
-    def sleep_long(task):
-        time.sleep(3600 if task in (4, 5) else 0.1)
-        return task
-
-    def chain():
-        return "works" if len(list(run(str, run(abs, range(200))))) == 200 else "fails"
-
-    def neighbour():
-        results = run(touch, range(200))
-        next(results)
-        with contextlib.suppress(ZeroDivisionError):
-            list(run(reciprocal, [0]))
-        return "works" if len(list(results)) == 199 else "fails"
-
-    def reciprocal(task):
-        return 1 / task
-
-    def slow_reader():
-        drawn = 0
-        def tasks():
-            nonlocal drawn
-            for drawn in range(1, 20_001):
-                yield drawn
-        results = run(abs, tasks())
-        for _ in range(5):
-            next(results)
-            time.sleep(0.2)
-        return "draws a few tasks ahead" if drawn < 100 else "draws all tasks"
-
-    def failing_source():
-        def tasks():
-            yield from range(10)
-            raise LookupError
-        received = []
-        with contextlib.suppress(LookupError):
-            received.extend(run(abs, tasks()))
-        return {10: "all 10 results first", 0: "no result"}.get(len(received), "loses results")
-
-    def left_loop():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            # Not about a thread of numpy's that is just ending when Python forks.
-            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
-            for _ in run(touch, range(1000)):
-                break
-        if caught:
-            return "warns"
-        count = len(list(folder.iterdir()))
-        deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline:
-            if len(list(folder.iterdir())) > count + 10:
-                return "goes on in the background"
-        return "stops, silently"
-
-    def touch(task):
-        time.sleep(0.01)
-        (folder / str(task)).touch()
-
-    class Model:
-        def __getstate__(self):
-            return {"something": "large"}
-
-        def __setstate__(self, state):
-            descriptor, _ = tempfile.mkstemp(dir="folder")
-            os.close(descriptor)
-
-        def objective(self, task):
-            return task
-
-    def model():
-        assert len(list(run(Model().objective, range(40), batch_size=1))) == 40
-        count = len(list(folder.iterdir()))
-        return "unpickled once a worker" if count <= 2 else f"unpickled {count} times"
-
-    def arrays():
-        alive = weakref.WeakValueDictionary()
-        def tasks():
-            for task in range(40):
-                array = alive[task] = numpy.full(250_000, task)
-                yield array
-                del array
-        os.environ["JOBLIB_TEMP_FOLDER"] = str(folder.resolve())
-        most = 0
-        for _ in run(numpy.sum, tasks(), batch_size=1):
-            time.sleep(0.03)
-            files = sum(path.is_file() for path in folder.rglob("*"))
-            most = max(most, files, len(alive))
-        return "many are kept" if most > 12 else "a few are kept"
-
-    folder = pathlib.Path("folder")
-    if __name__ == "__main__":
-        folder.mkdir(exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            run = globals()[sys.argv[2]]
-            try:
-                print(globals()[sys.argv[1]](), flush=True)
-            except Exception as error:
-                print(type(error).__name__, flush=True)
-"""
-
-PEERS = ["plain_joblib", "executor", "pool", "pebble_map", "this_module"]
-SITUATIONS = {
-    "two tasks that kill their workers": "death",
-    "two tasks that hang, with a time limit": "hang",
-    "the results of one run are the tasks of another": "chain",
-    "another run fails meanwhile": "neighbour",
-    "a reader slower than the workers": "slow_reader",
-    "a source that fails after 10 tasks": "failing_source",
-    "a loop left by `break`": "left_loop",
-    "a method of a model, for 40 tasks one by one": "model",
-    "40 arrays made one by one, read slowly": "arrays",
-}
-
-
-def cells_of_readme():
-    for line in README.read_text().splitlines():
-        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        if title in SITUATIONS:
-            for peer, cell in zip(PEERS, cells, strict=True):
-                yield SITUATIONS[title], peer, cell
-
-
-def test_all_situations_are_compared():
-    assert len(list(cells_of_readme())) == len(SITUATIONS) * len(PEERS)
-
-
-@pytest.mark.readme
-@pytest.mark.parametrize(("situation", "peer", "expected"), list(cells_of_readme()))
-def test_what_the_readme_says_of_others(
-    program, tmp_path, monkeypatch, situation, peer, expected
-):
-    # A pgrep that finds no process: this machine may have none.
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "pgrep").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "bin" / "pgrep").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    process = program(COMPARED, situation, peer, warnings="default")
-    try:
-        output, errors = process.communicate(timeout=5 if "hang" in expected else None)
-        output = output.strip()
-    except subprocess.TimeoutExpired:
-        output = "hangs"
-        # Its workers, too, which would wait for it for long.
-        os.killpg(process.pid, signal.SIGKILL)
-    possible = {
-        "may lose results": ("loses results", "all 10 results first"),
-        "may hang": ("hangs", "works"),
-        "may keep many": ("many are kept", "a few are kept"),
-    }
-    assert output in possible.get(expected, (expected,)), errors
-    assert peer != "this_module" or errors == ""
-
-
-EXAMPLES = re.findall(
-    r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", README.read_text(), re.DOTALL
-)
-
-
-def uses_a_cluster(source):
-    return "dask" in source
-
-
-@pytest.mark.readme
 @pytest.mark.parametrize(
-    ("source", "output"),
-    [example for example in EXAMPLES if not uses_a_cluster(example[0])],
+    "kind",
+    [
+        joblib.parallel.LokyBackend,
+        joblib.parallel.ThreadingBackend,
+        joblib.parallel.MultiprocessingBackend,
+        joblib.parallel.SequentialBackend,
+    ],
 )
-def test_examples(program, source, output):
-    assert output_of(program(source)) == output
+def test_an_instance_is_not_changed(kind):
+    backend = kind()
+    before = dict(vars(backend))
+    results = Joblib.setup(abs, range(20), num_workers=2, backend=backend)
+    assert sorted(results) == list(range(20))
+    assert vars(backend) == before
+    assert type(backend) is kind
 
 
-@pytest.mark.engines
-@pytest.mark.parametrize(
-    ("source", "output"),
-    [example for example in EXAMPLES if uses_a_cluster(example[0])],
-)
-def test_examples_of_clusters(program, source, output):
-    pytest.importorskip("dask.distributed")
-    process = program(source, warnings="default")
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert printed.endswith(output)  # Dask logs
+def test_reducers_of_the_user_are_not_changed(processes):
+    empty, own = {}, {Task: lambda task: (int, ("7",))}
+    backward = {}
+    options = {"max_nbytes": 10, "backward_reducers": backward}
+    arrays = [numpy.zeros(99)] * 3
+    list(processes(numpy.sum, arrays, forward_reducers=empty, **options))
+    assert empty == backward == {}
+    results = processes(str, [Task()] * 3, forward_reducers=own, **options)
+    assert list(results) == ["7"] * 3
+    assert list(own) == [Task]
+    assert backward == {}
 
 
 # ------------------------------------------------------------------------------------------------
-# Failed tasks as values: errors="return"
+# Kept warm
 
 
-FailedTask = distributed.FailedTask
+def pids_of(**options):
+    """Return the ids of two workers: each has a task, which waits for that of the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        met = f"len(__import__('os').listdir({folder!r})) == 2"
+        wait = f"[*iter(lambda: {met} or __import__('time').sleep(0.01), True)]"
+        tasks = [f"({mark(folder)}, {wait}, {PID})[2]"] * 2
+        options = {"num_workers": 2, "batch_size": 1} | options
+        return set(Joblib.setup(eval, tasks, **options))
 
 
-HAS_NOTES = sys.version_info >= (3, 11)
+@pytest.mark.slow
+def test_idle_workers_are_kept_for_the_next_run():
+    Joblib.shutdown()
+    pids = pids_of()
+    assert pids_of(max_nbytes=None, temp_folder="/tmp") == pids
+    assert pids_of(initializer=exec, initargs=("",)).isdisjoint(pids)
+    assert pids_of() == pids
+    assert set(map(is_alive, pids)) == {True}
+    Joblib.shutdown()
+    assert set(map(is_alive, pids)) == {False}
+    assert pids_of().isdisjoint(pids)
 
 
-# A function that takes expressions, and other tasks as they are; it travels by value.
-run = lambda task: eval(task, {}) if isinstance(task, str) else repr(task)
+@pytest.mark.slow
+def test_idle_workers_are_kept_across_nested_loops_and_chains():
+    Joblib.shutdown()
+    setup = functools.partial(Joblib.setup, abs, num_workers=2, batch_size=1)
+    inner = [pids_of() for _ in setup(range(3))]
+    assert inner == inner[:1] * 3
+    for _ in range(3):
+        assert len(list(setup(setup(range(9))))) == 9
+    assert len(distributed._idle_pools) <= 3
 
 
-LOCK = "__import__('_thread').allocate_lock()"
+def test_workers_that_an_array_has_prepared_are_kept():
+    Joblib.shutdown()
+    options = {"initializer": numpy.sum, "initargs": (numpy.zeros(300_000),)}
+    pids = pids_of(**options)
+    assert pids_of(**options) == pids
 
 
-EXIT_IN_PEACE = EXIT.replace("7", "0")
+def workers_of_loky():
+    return {
+        child.pid for child in multiprocessing.active_children() if "Loky" in child.name
+    }
 
 
-EXITS = [
-    "SystemExit(3)",
-    "SystemExit()",
-    "KeyboardInterrupt()",
-    "GeneratorExit()",
-    "StopIteration(4)",
-    "BaseException(5)",
-]
+def test_an_error_that_leaves_nothing_out_leaves_the_workers():
+    assert len(list(Joblib.setup(abs, range(9), num_workers=2))) == 9
+    workers = workers_of_loky()
+    assert workers
+    _, error = collect(Joblib.setup(eval, ["1 / 0"], num_workers=2), ZeroDivisionError)
+    assert error is not None
+    assert list(Joblib.setup(abs, [], num_workers=2)) == []
+    assert workers <= workers_of_loky()
 
 
-def exiting(error):
-    """An expression that raises it, StopIteration as well: not by a generator."""
-    return f"exec({f'raise {error}'!r})"
+@pytest.mark.parametrize("change", ["environment", "directory", "path"])
+def test_workers_are_not_kept_for_other_surroundings(monkeypatch, tmp_path, change):
+    seen = "__import__('os').environ.get('LEVEL'), __import__('os').getcwd(), __import__('sys').path[-1]"
+    assert len(set(Joblib.setup(eval, [seen] * 9, num_workers=2))) == 1
+    monkeypatch.setenv("LEVEL", "2") if change == "environment" else None
+    monkeypatch.chdir(tmp_path) if change == "directory" else None
+    monkeypatch.setattr(
+        sys, "path", [*sys.path, str(tmp_path)]
+    ) if change == "path" else None
+    expected = (os.environ.get("LEVEL"), os.getcwd(), sys.path[-1])
+    assert set(Joblib.setup(eval, [seen] * 9, num_workers=2)) == {expected}
 
 
-class CannotBePickled:
-    def __reduce__(self):
-        raise KeyError("stays here")
+@pytest.mark.slow
+def test_a_directory_that_is_gone_after_a_short_run(program, tmp_path):
+    source = """
+        import os, tempfile
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            root = os.getcwd()
+            for _ in range(3):
+                with tempfile.TemporaryDirectory() as folder:
+                    os.chdir(folder)
+                    assert list(Joblib.setup(abs, [-1], num_workers=4)) == [1]
+                    os.chdir(root)
+    """
+    assert output_of(program(source)) == ""
 
 
-class CannotBeUnpickled:
-    def __getstate__(self):
-        return {"key": 1}
-
-    def __setstate__(self, state):
-        raise KeyError("not here")
-
-    def call(self, task):
-        return task
+def test_idle_workers_keep_nothing_of_a_run():
+    array = numpy.zeros(300_000)
+    reference = weakref.ref(array)
+    assert list(Joblib.setup(numpy.sum, [array] * 9, 2)) == [0] * 9
+    del array
+    gc.collect()
+    assert reference() is None
 
 
-def logged(folder, number, expression=None):
-    """An expression for *number* that leaves a byte in a file of that name, first."""
-    path = str(folder / str(number))
-    expression = repr(number) if expression is None else expression
-    return f"(open({path!r}, 'ab', 0).write(b'x'), {expression})[1]"
+class Watched:
+    """Leaves a file named like its process when it is let go there."""
 
+    def __init__(self, folder):
+        self.folder = folder
+        self.itself = self  # for the garbage collector alone
 
-def times_run(folder):
-    return {int(path.name): path.stat().st_size for path in folder.iterdir()}
+    def __del__(self):
+        with open(os.path.join(self.folder, str(os.getpid())), "w"):
+            pass
 
-
-def numbers_of(results):
-    """Return the numbers of tasks that failed, and what the others gave."""
-    failed = [result.number for result in results if isinstance(result, FailedTask)]
-    return failed, [result for result in results if not isinstance(result, FailedTask)]
-
-
-def slow(seconds, number=0):
-    return f"(__import__('time').sleep({seconds}), {number})[1]"
-
-
-def notes_of(error):
-    return getattr(error, "__notes__", [])
-
-
-def check_failed_task(setup, fault, error_type, return_as, batch_size, **options):
-    tasks = [value(number) for number in range(12)]
-    tasks[7] = fault
-    options |= {"return_as": return_as, "batch_size": batch_size}
-    results = list(setup(run, iter(tasks), errors="return", **options))
-    (failed,) = (result for result in results if isinstance(result, FailedTask))
-    assert (failed.number, type(failed.error)) == (7, error_type)
-    assert failed.task is tasks[7]
-    position = results.index(failed)
-    assert return_as == "generator_unordered" or position == 7
-    results.remove(failed)
-    expected = [*range(7), *range(8, 12)]
-    assert (results if return_as == "generator" else sorted(results)) == expected
-    _, raised = collect(setup(run, iter(tasks), **options), Exception)
-    assert type(raised) is error_type
-    assert str(raised) == str(failed.error)
-    assert notes_of(raised) == notes_of(failed.error)
-    assert type(raised.__cause__) is type(failed.error.__cause__)
-    return failed.error
-
-
-ORDERS = [
-    pytest.param("generator", 1, marks=pytest.mark.locally),
-    ("generator_unordered", 5),
-]
+    def work(self, task):
+        return eval(task)
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("return_as", "batch_size"), ORDERS)
-@pytest.mark.parametrize(
-    ("error", "error_type"),
-    [
-        ("ValueError('bad')", ValueError),
-        pytest.param(
-            "OSError(2, 'gone', 'x')", FileNotFoundError, marks=pytest.mark.alike
-        ),
-    ],
-)
-def test_a_task_that_raises_is_a_failed_task_in_its_place(
-    setup, error, error_type, return_as, batch_size
+@pytest.mark.parametrize("end", ["exhausted", "an error", "errors returned"])
+def test_an_idle_worker_keeps_no_function(fresh, tmp_path, end):
+    (tmp_path / "gone").mkdir()
+    watched = by_value(Watched)(str(tmp_path / "gone"))
+    tasks = meeting(tmp_path, "before")
+    errors = "return" if end == "errors returned" else "raise"
+    if end != "exhausted":
+        tasks.append(raising("KeyError()"))
+    options = {"batch_size": 1, "errors": errors, "return_as": "generator"}
+    results = Joblib.setup(watched.work, tasks, 2, **options)
+    received, error = collect(results, KeyError)
+    pids = {item for item in received if isinstance(item, int)}
+    assert len(pids) == 2
+    assert (error is not None) == (end == "an error")
+    wait_until(lambda: set(pids_in(tmp_path / "gone")) == pids)
+    assert all(map(is_running, pids))
+    assert set(Joblib.setup(eval, meeting(tmp_path, "after"), 2)) == pids
+    del watched
+    gc.collect()
+
+
+@pytest.mark.once
+def test_idle_workers_are_stopped_when_their_time_is_over(fresh, tmp_path):
+    options = {"num_workers": 2, "batch_size": 1, "idle_worker_timeout": 0.2}
+    pids = set(Joblib.setup(eval, meeting(tmp_path, "first"), **options))
+    wait_until(lambda: not any(map(is_alive, pids)))
+    assert pids.isdisjoint(workers_now())
+    again = set(Joblib.setup(eval, meeting(tmp_path, "second"), **options))
+    assert len(again) == 2
+    assert again.isdisjoint(pids)
+    wait_until(lambda: not any(map(is_alive, again)))
+
+
+@pytest.mark.once
+def test_workers_that_serve_again_in_time_are_not_stopped(fresh, tmp_path):
+    options = {"num_workers": 2, "batch_size": 1, "idle_worker_timeout": 0.2}
+    pids = set(Joblib.setup(eval, meeting(tmp_path, "first"), **options))
+    if pids <= workers_now():  # else it has taken too long here
+        results = Joblib.setup(eval, meeting(tmp_path, "second"), **options)
+        second = {next(results)}
+        # Another pool comes and goes in the meantime.
+        other = functools.partial(Joblib.setup, initializer=exec, initargs=("",))
+        others = set(other(eval, meeting(tmp_path, "others"), **options))
+        wait_until(lambda: not any(map(is_alive, others)))
+        second |= set(results)
+        assert len(second) == 2
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_while_idle_is_replaced(fresh, tmp_path, number):
+    setup = functools.partial(Joblib.setup, eval, num_workers=2, batch_size=1)
+    pids = set(setup(meeting(tmp_path, "first")))
+    killed = min(pids)
+    os.kill(killed, number)
+    wait_until(lambda: killed not in workers_now())
+    again = set(setup(meeting(tmp_path, "second")))
+    assert len(again) == 2
+    assert again & pids == pids - {killed}
+
+
+SLOW = """
+import os, time
+try:
+    os.close(os.open({first!r}, os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    while not os.path.exists({go!r}):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_short_run_does_not_wait_for_a_worker_that_starts_slowly(
+    processes, tmp_path, fresh, count
 ):
-    error = check_failed_task(setup, raising(error), error_type, return_as, batch_size)
-    if HAS_NOTES:
-        (note,) = error.__notes__
-        assert note.startswith("Task 7 (counted from 0): ")
+    go = tmp_path / "go"
+    code = SLOW.format(first=str(tmp_path / "first"), go=str(go))
+    options = {"initializer": exec, "initargs": (code,), "batch_size": 1}
+    before = workers_now()
+    first = set(processes(eval, [PID] * count, **options))
+    assert len(first) == 1
+    assert not go.exists()
+    waiting = workers_now() - before
+    if processes.keywords["backend"] == "multiprocessing":  # which keeps none
+        assert waiting == set()
+        return
+    assert first <= waiting
+    go.touch()
+    second = set(processes(eval, meeting(tmp_path, "after"), **options))
+    assert len(second) == 2
+    assert waiting <= second
+
+
+# ------------------------------------------------------------------------------------------------
+# Nothing is lost
+
+
+def test_an_error_of_a_task(any_setup):
+    results = any_setup(
+        eval, [value(1), value(2), raising("KeyError('key', 3)"), value(4)]
+    )
+    received, error = collect(results, Exception)
+    assert received == [1, 2]
+    assert type(error) is KeyError
+    assert error.args == ("key", 3)
+    assert list(results) == []
 
 
 @pytest.mark.alike
-@pytest.mark.once
-@pytest.mark.parametrize(
-    "expression",
-    [EXITS[0], *(pytest.param(e, marks=pytest.mark.locally) for e in EXITS[2::2])],
-)
-def test_what_is_no_exception_is_the_cause_of_the_error_of_a_failed_task(
-    setup, expression
-):
-    fault = exiting(expression)
-    error = check_failed_task(setup, fault, RuntimeError, "generator", 5)
-    expected = eval(expression)
-    assert type(error.__cause__) is type(expected)
-    assert error.__cause__.args == expected.args
-    assert type(expected).__name__ in str(error)
-    assert not HAS_NOTES or error.__notes__[0].startswith("Task 7 (counted from 0): ")
+def test_an_error_comes_after_what_was_received_before(setup, tmp_path):
+    setup = functools.partial(setup, batch_size=1)
+    check_what_was_received_comes_first(setup, tmp_path, "1 / 0", ZeroDivisionError)
 
 
-PICKLING = {
-    "task to pickle": (CannotBePickled(), pickle.PicklingError),
-    "lock to pickle": (threading.Lock(), pickle.PicklingError),
-    "task to unpickle": (by_value(CannotBeUnpickled)(), pickle.UnpicklingError),
-    "result to pickle": (LOCK, pickle.PicklingError),
-    "result to unpickle": (BAD_RESULT, pickle.UnpicklingError),
-}
+def test_an_error_of_the_backend_comes_after_what_was_received_before():
+    FailingThreading.reported.clear()
+    results = Joblib.setup(abs, range(10), num_workers=2, backend=FailingThreading())
+    received = [next(results)]
+    wait_until(lambda: len(FailingThreading.reported) == 4)
+    rest, error = collect(results, OSError)
+    assert sorted([*received, *rest]) == [0, 1, 2, 3]
+    assert error.args == ("no more",)
 
 
-@pytest.mark.alike
-@pytest.mark.once
-@pytest.mark.parametrize(("return_as", "batch_size"), ORDERS)
-@pytest.mark.parametrize(
-    "what",
-    [
-        *(what for what in PICKLING if what != "lock to pickle"),
-        pytest.param("lock to pickle", marks=pytest.mark.locally),
-    ],
-)
-def test_what_cannot_be_pickled_or_unpickled_is_a_failed_task(
-    pickling_setup, what, return_as, batch_size
-):
-    fault, error_type = PICKLING[what]
-    error = check_failed_task(pickling_setup, fault, error_type, return_as, batch_size)
-    assert "pickled" in str(error)
-    assert what.split()[0].replace("lock", "task") in str(error)
+@pytest.mark.locally
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"batch_size": 7}])
+def test_an_error_of_the_tasks_comes_after_all_results(any_setup, options):
+    def tasks():
+        yield from range(30)
+        raise LookupError("no more", 30)
+
+    received, error = collect(any_setup(abs, tasks(), **options), LookupError)
+    assert received == list(range(30))
+    assert error.args == ("no more", 30)
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("death", [KILL, EXIT, EXIT_IN_PEACE])
-def test_a_task_that_ends_its_worker_is_a_failed_task(processes, death):
-    error = check_failed_task(
-        processes, death, distributed.BrokenProcessPool, "generator", 1
-    )
-    assert isinstance(error, BrokenExecutor)
-    assert "a worker process has died" in str(error)
-    assert "Task 7 (counted from 0)" in str(error)
+@pytest.mark.locally
+@pytest.mark.parametrize("options", [{}, {"pre_dispatch": "all"}])
+def test_tasks_may_raise_what_ends_a_generator(any_setup, options):
+    def tasks():
+        yield -1
+        raise GeneratorExit
+
+    received, error = collect(any_setup(abs, tasks(), **options), GeneratorExit)
+    assert received == [1]
+    assert error is not None
 
 
-@pytest.mark.once
-def test_a_task_that_takes_too_long_is_a_failed_task(processes):
-    error = check_failed_task(
-        processes, slow(3600), distributed._TaskTimeoutError, "generator", 1, timeout=1
-    )
-    assert "Task 7 (counted from 0)" in str(error)
-    assert "1 seconds" in str(error)
-
-
-@pytest.mark.once
-def test_all_tasks_of_a_batch_may_fail_each_in_its_way(processes):
-    tasks = [fault for fault, _ in PICKLING.values()] + [
-        value(5),
-        raising("KeyError()"),
-    ]
-    # Enough for two workers: at the end of the tasks batches are smaller.
-    tasks += map(value, range(7, 14))
-    results = list(processes(run, tasks, errors="return", batch_size=7))
-    failed, others = numbers_of(results)
-    assert (sorted(failed), sorted(others)) == ([0, 1, 2, 3, 4, 6], [5, *range(7, 14)])
-    for number, _, error in (r for r in results if isinstance(r, FailedTask)):
-        expected = [*(kind for _, kind in PICKLING.values()), None, KeyError][number]
-        assert type(error) is expected
-        assert not HAS_NOTES or f"Task {number} (counted" in error.__notes__[-1]
-
-
-def test_a_death_costs_its_batch_and_nothing_is_run_twice(processes, tmp_path):
-    tasks = [logged(tmp_path, n, KILL if n == 7 else None) for n in range(20)]
-    options = {"errors": "return", "batch_size": 5, "return_as": "generator"}
-    results = list(processes(run, tasks, **options))
-    failed, others = numbers_of(results)
-    assert sorted(failed) == [5, 6, 7, 8, 9]
-    assert sorted(others) == [*range(5), *range(10, 20)]
-    ran = times_run(tmp_path)
-    assert set(ran) == set(range(20)) - {8, 9}
-    assert set(ran.values()) == {1}
-    for number, task, error in (r for r in results if isinstance(r, FailedTask)):
-        assert task is tasks[number]
-        assert "One of tasks 5 to 9 (counted from 0)" in str(error)
-
-
-@pytest.mark.once
-def test_a_time_out_costs_what_was_not_done_and_nothing_is_run_twice(
-    processes, tmp_path
-):
-    tasks = [logged(tmp_path, n, slow(3600) if n == 7 else None) for n in range(20)]
-    results = list(processes(run, tasks, errors="return", batch_size=5, timeout=2))
-    failed, others = numbers_of(results)
-    # That the first two are done was known long before.
-    assert sorted(failed) == [7, 8, 9]
-    assert sorted(others) == [*range(7), *range(10, 20)]
-    assert set(times_run(tmp_path).values()) == {1}
-    assert set(times_run(tmp_path)) == set(range(20)) - {8, 9}
-
-
-KINDS = {
-    "fine": None,
-    "raises": raising("KeyError(1)"),
-    "exits": raising("SystemExit(1)"),
-    "dies": KILL,
-    "leaves": EXIT_IN_PEACE,
-    "lock": LOCK,
-    "bad result": BAD_RESULT,
-    "unpicklable": CannotBePickled(),
-    "unreadable": by_value(CannotBeUnpickled)(),
-}
-
-
-FATAL = {"dies", "leaves"}
-
-
-@pytest.mark.once
-@settings(deadline=None, max_examples=15)
-@given(
-    kinds=st.lists(
-        st.one_of(st.just("fine"), st.sampled_from(sorted(KINDS))), max_size=25
-    ),
-    backend=st.sampled_from(["multiprocessing", "multiprocessing", "loky"]),
-    batch_size=st.sampled_from([1, 1, 3, "auto"]),
-    num_workers=st.sampled_from([1, 2, 3]),
-    return_as=st.sampled_from(["generator", "generator_unordered"]),
-    more=st.fixed_dictionaries(
-        {},
-        optional={
-            "timeout": st.just(60),
-            "maxtasksperchild": st.sampled_from([1, 4]),
-            "pre_dispatch": st.sampled_from(["all", 1]),
-        },
-    ),
-)
-def test_any_mixture_of_tasks_is_accounted_for(
-    tmp_path_factory, kinds, backend, batch_size, num_workers, return_as, more
-):
-    folder = tmp_path_factory.mktemp("tasks")
-    tasks = [
-        logged(folder, number, KINDS[kind])
-        if isinstance(KINDS[kind], str | None)
-        else KINDS[kind]
-        for number, kind in enumerate(kinds)
-    ]
-    options = {"batch_size": batch_size, "return_as": return_as, **more}
-    results = list(
-        Joblib.setup(
-            run, iter(tasks), num_workers, backend=backend, errors="return", **options
-        )
-    )
-    numbers = [r.number if isinstance(r, FailedTask) else r for r in results]
-    in_order = list(range(len(tasks)))
-    assert (numbers if return_as == "generator" else sorted(numbers)) == in_order
-    assert all(r.task is tasks[r.number] for r in results if isinstance(r, FailedTask))
-    failed, fine = map(set, numbers_of(results))
-    faulty = {number for number, kind in enumerate(kinds) if kind != "fine"}
-    assert failed >= faulty
-    if batch_size == 1 or not FATAL & set(kinds):
-        assert failed == faulty
-    ran = times_run(folder)
-    assert set(ran.values()) <= {1}
-    assert set(ran) >= fine
+# Takes numbers; every backend can send it.
+reciprocal_of = functools.partial(operator.truediv, 1)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(
-    expressions=st.lists(st.sampled_from([None, *EXITS, "KeyError(1)"]), max_size=30),
-    batch_size=st.sampled_from([1, 4, 50]),
-    return_as=st.sampled_from(["generator", "generator_unordered"]),
+    tasks=st.lists(st.integers(-3, 9), max_size=40),
+    backend=st.sampled_from(LOCAL),
+    batch_size=st.sampled_from(["auto", 1, 2, 7, 50]),
+    pre_dispatch=st.sampled_from(["all", 1, "2 * n_jobs"]),
 )
-def test_any_mixture_of_tasks_is_accounted_for_in_threads(
-    expressions, batch_size, return_as
-):
-    tasks = [
-        value(number) if expression is None else exiting(expression)
-        for number, expression in enumerate(expressions)
-    ]
-    options = {"batch_size": batch_size, "return_as": return_as, "errors": "return"}
-    results = list(Joblib.setup(run, iter(tasks), 2, backend="threading", **options))
-    numbers = [r.number if isinstance(r, FailedTask) else r for r in results]
-    in_order = list(range(len(tasks)))
-    assert (numbers if return_as == "generator" else sorted(numbers)) == in_order
-    failed = {r.number for r in results if isinstance(r, FailedTask)}
-    assert failed == {n for n, e in enumerate(expressions) if e is not None}
-
-
-@pytest.mark.alike
-def test_an_error_of_the_tasks_is_raised_after_all_that_there_is(setup):
-    def tasks():
-        yield from (value(0), "1 / 0", value(2))
-        raise LookupError("no more")
-
-    received, error = collect(
-        setup(run, tasks(), errors="return", return_as="generator"), LookupError
+def test_a_failing_task_costs_no_other_result(tasks, backend, batch_size, pre_dispatch):
+    expected, expected_error = collect(
+        SingleProcess.setup(reciprocal_of, tasks), Exception
     )
-    assert str(error) == "no more"
-    assert [type(result) for result in received] == [int, FailedTask, int]
-
-
-@pytest.mark.alike
-@pytest.mark.parametrize(
-    ("function", "text"),
-    [
-        (CannotBePickled().__reduce__, "task_func cannot be pickled"),
-        (by_value(CannotBeUnpickled)().call, "task_func cannot be unpickled"),
-    ],
-)
-def test_a_function_that_cannot_travel_ends_the_run(pickling_setup, function, text):
-    if text.endswith("be pickled"):
-        function = threading.Lock().acquire
     received, error = collect(
-        pickling_setup(function, [1, 2, 3], errors="return"), Exception
+        Joblib.setup(
+            reciprocal_of,
+            iter(tasks),
+            2,
+            backend=backend,
+            batch_size=batch_size,
+            pre_dispatch=pre_dispatch,
+            return_as="generator",
+        ),
+        Exception,
     )
-    assert received == []
-    assert text in str(error)
-    assert isinstance(error, pickle.PickleError)
+    assert received == expected
+    assert type(error) is type(expected_error)
+    assert error is None or error.args == expected_error.args
 
 
-def test_an_initializer_that_fails_ends_the_run_and_is_shown(processes, capfd):
-    options = {"initializer": eval, "initargs": ("1 / 0",), "errors": "return"}
-    received, error = collect(processes(abs, range(9), **options), BrokenExecutor)
-    assert received == []
-    assert "the initializer has failed in a worker: ZeroDivisionError" in str(error)
-    assert "Traceback" in str(error.__cause__)
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.once
-def test_an_initializer_that_ends_its_worker_ends_the_run(processes, capfd):
-    options = {"initializer": eval, "initargs": (EXIT_IN_PEACE,), "errors": "return"}
-    received, error = collect(processes(abs, range(9), **options), BrokenExecutor)
-    assert received == []
-    assert "a worker process has died as it started" in str(error)
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.once
-def test_an_initializer_that_fails_in_a_worker_in_place_of_another_ends_the_run(
-    processes, tmp_path
-):
-    (tmp_path / "fine").mkdir()
-    source = f"import os; os.listdir({str(tmp_path / 'fine')!r})"
-    options = {"initializer": exec, "initargs": (source,), "errors": "return"}
-    remove = f"__import__('os').rmdir({str(tmp_path / 'fine')!r})"
-    tasks = [value(0), *[value(1)] * 9, f"({remove}, {KILL})", *[value(2)] * 9]
-    results = processes(run, tasks, batch_size=1, return_as="generator", **options)
-    received, error = collect(results, BrokenExecutor)
-    assert "initializer has failed" in str(error)
-    assert "FileNotFoundError" in str(error)
-    assert received[:10] == [0, *[1] * 9]
-
-
-@pytest.mark.parametrize("errors", ["ignore", None])
-def test_errors_must_be_one_of_two(errors):
-    with pytest.raises(ValueError, match="^errors must be ") as caught:
-        Joblib.setup(abs, [1], errors=errors)
-    for text in ("'raise'", "'return'", repr(errors)):
-        assert text in str(caught.value)
-
-
-@pytest.mark.alike
-@pytest.mark.once
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_who_quits_the_debugger_means_the_program(setup, num_workers):
-    tasks = [value(0), raising("__import__('bdb').BdbQuit()"), value(2)]
-    options = {"errors": "return", "return_as": "generator", "batch_size": 1}
-    results = setup(run, tasks, num_workers=num_workers, **options)
-    received, error = collect(results, bdb.BdbQuit)
-    assert received == [0]
-    assert type(error) is bdb.BdbQuit
-
-
-@pytest.mark.slow
-def test_who_quits_the_debugger_in_a_batch_means_the_program(processes, tmp_path):
-    quits = raising("__import__('bdb').BdbQuit()")
-    tasks = [value(0), "1 / 0", quits, logged(tmp_path, 3), logged(tmp_path, 4)]
-    tasks += map(value, range(5, 10))  # for the other worker
-    options = {"errors": "return", "return_as": "generator", "batch_size": 5}
-    received, error = collect(processes(run, tasks, **options), bdb.BdbQuit)
-    assert [type(result) for result in received] == [int, FailedTask]
-    assert type(error) is bdb.BdbQuit
-    assert times_run(tmp_path) == {}
-
-
-INTERRUPTED_SWEEP = """
-    import pathlib, sys, time
-    from yourpackage.distributed import Joblib
-
-    def work(task):
-        if task == 2:
-            pathlib.Path("begun").touch()
-            time.sleep(3600)
-        return task
-
-    if __name__ == "__main__":
-        backend, workers, errors = sys.argv[1:]
-        try:
-            for result in Joblib.setup(
-                work, range(5), int(workers), backend=backend, errors=errors
-            ):
-                if result == 0:
-                    print("first", flush=True)
-        except KeyboardInterrupt:
-            print("interrupted")
-"""
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(
-    ("backend", "workers"), [("loky", 2), ("multiprocessing", 1), ("threading", 1)]
-)
-def test_an_interrupt_of_the_program_is_no_failed_task(
-    program, tmp_path, backend, workers
-):
-    process = program(INTERRUPTED_SWEEP, backend, workers, "return")
-    assert process.stdout.readline() == "first\n"
-    wait_until((tmp_path / "begun").exists)
-    process.send_signal(signal.SIGINT)
-    assert output_of(process) == "interrupted\n"
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(("errors", "batch_size"), [("raise", 5), ("return", 1)])
-def test_an_interrupt_while_a_result_is_unpickled_ends_the_run(
-    processes, errors, batch_size
-):
-    reduced = "(__import__('signal').raise_signal, (2,))"
-    interrupts = f"type('R', (), {{'__reduce__': lambda self: {reduced}}})()"
-    tasks = [value(0), interrupts, *map(value, range(9))]
-    with pytest.raises(KeyboardInterrupt):
-        list(processes(run, tasks, errors=errors, batch_size=batch_size))
+@each_fault
+def test_what_cannot_be_sent_costs_nothing_before_it_and_names_its_task(processes, bad):
+    tasks = [value(0), value(1), bad, value(3)]
+    results = processes(eval, tasks, batch_size=4, return_as="generator")
+    received, error = collect(results, Exception)
+    assert received == [0, 1]
+    assert re.search("(?i)pickle", f"{type(error)} {error}")
+    if HAS_NOTES:
+        assert error.__notes__[0].startswith("Task 2 (counted from 0): ")
     assert sorted(processes(abs, [-1, -2])) == [1, 2]
 
 
-def test_single_process_raises_whatever_errors_says():
-    results = SingleProcess.setup(run, [value(0), "1 / 0"], errors="return")
-    received, error = collect(results, ZeroDivisionError)
-    assert received == [0]
-    assert error is not None
-    with pytest.raises(SystemExit):
-        list(SingleProcess.setup(run, [raising("SystemExit()")], errors="return"))
+def test_a_task_that_is_changed_after_it_was_drawn_arrives_as_it_was(processes):
+    def tasks():
+        task = [0]
+        for task[0] in range(40):
+            yield task
+        task[0] = -1
+
+    results = processes(sum, tasks(), batch_size=1)
+    assert sorted(results) == list(range(40))
 
 
-@pytest.mark.parametrize("backend", LOCAL)
-def test_bounded_whatever_fails(backend):
-    drawn = 0
+@pytest.mark.parametrize("batch_size", [4, "auto"])
+def test_a_task_that_the_consumer_changes_arrives_as_it_was_drawn(
+    processes, batch_size
+):
+    drawn = []
 
     def tasks():
-        nonlocal drawn
-        for number in itertools.count():
-            drawn += 1
-            yield value(number) if number % 3 else "1 / 0"
+        for number in range(60):
+            drawn.append([number])
+            yield drawn[-1]
 
-    options = {"errors": "return", "batch_size": 1, "return_as": "generator"}
-    results = Joblib.setup(run, tasks(), 2, backend=backend, **options)
-    for handed_out in range(1, 61):
-        next(results)
-        assert drawn <= handed_out + 4
-    results.close()
-
-
-@pytest.mark.parametrize("backend", ["loky", "threading"])
-def test_the_error_of_a_failed_task_refers_to_nothing_of_the_run(backend):
-    function = lambda task: 1 / 0 if task == 3 else 0
-    results = Joblib.setup(
-        function, (n for n in range(9)), 2, backend=backend, errors="return"
-    )
-    run = weakref.ref(results.gi_frame.f_locals["run"])
-    (failed,) = [result for result in results if isinstance(result, FailedTask)]
-    assert type(failed.error) is ZeroDivisionError
-    del results
-    gc.collect()
-    assert run() is None
-
-
-class FailsNowAndThen(joblib.parallel.ThreadingBackend):
-    """Reports an error in place of a batch, as an engine does that has lost it."""
-
-    submitted = 0
-
-    def submit(self, func, callback=None):
-        self.submitted += 1
-        if self.submitted % 3 == 0:
-            callback(OSError("lost"))
-            return None
-        return super().submit(func, callback)
-
-    def retrieve_result_callback(self, out):
-        if isinstance(out, OSError):
-            raise out
-        return super().retrieve_result_callback(out)
-
-
-def test_what_an_engine_reports_of_a_batch_is_its_failed_tasks():
-    options = {"errors": "return", "batch_size": 2, "return_as": "generator"}
-    results = list(
-        Joblib.setup(
-            run, map(value, range(20)), 2, backend=FailsNowAndThen(), **options
-        )
-    )
-    failed, others = numbers_of(results)
-    assert sorted(failed) == [4, 5, 10, 11, 16, 17]
-    assert sorted([*failed, *others]) == list(range(20))
-    for error in (item.error for item in results if isinstance(item, FailedTask)):
-        assert type(error) is OSError
-
-
-def test_the_failure_of_an_engine_is_raised_whatever_errors_says():
-    results = Joblib.setup(
-        abs, range(10), 2, backend=FailingThreading(), errors="return"
-    )
-    received, error = collect(results, OSError)
-    assert error is not None
-    assert not any(isinstance(result, FailedTask) for result in received)
+    received = []
+    for result in processes(sum, tasks(), batch_size=batch_size):
+        received.append(result)
+        for task in drawn:
+            task[0] = -1
+    assert sorted(received) == list(range(60))
 
 
 # ------------------------------------------------------------------------------------------------
-# A time limit for each task
+# No hang: workers that die
+
+
+@pytest.mark.parametrize("death", [KILL, EXIT, EXIT.replace("7", "0")])
+def test_a_worker_that_dies_is_an_error(processes, death, capfd):
+    tasks = [value(1), death, *map(value, range(20))]
+    received, error = collect(processes(eval, tasks), Exception)
+    assert isinstance(error, BrokenExecutor)
+    assert Counter(received) <= Counter([1, *range(20)])
+    assert sorted(processes(abs, range(10))) == list(range(10))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_that_dies_costs_nothing_that_was_received(processes, tmp_path):
+    check_what_was_received_comes_first(processes, tmp_path, KILL, BrokenExecutor)
+
+
+DIES_WHILE_IT_SENDS = """
+import os, sys, threading
+
+def watch(thread):
+    while True:
+        frame = sys._current_frames()[thread]
+        while frame is not None:
+            if frame.f_code.co_name == "_send":  # of multiprocessing's connections
+                os.kill(os.getpid(), 9)
+            frame = frame.f_back
+
+threading.Thread(target=watch, args=(threading.get_ident(),), daemon=True).start()
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_while_it_sends_is_an_error():
+    # No end of the pipe tells of it, since the other worker holds the pipe as well.
+    task = f"exec({DIES_WHILE_IT_SENDS!r}, {{}}) or bytes(100_000_000)"
+    _, error = collect(Joblib.setup(eval, [task], num_workers=2), BrokenExecutor)
+    assert error is not None
+    assert sorted(Joblib.setup(abs, range(10), num_workers=2)) == list(range(10))
+
+
+def test_the_error_of_a_dead_worker_is_shown_as_it_is():
+    _, error = collect(Joblib.setup(eval, [KILL] * 2, num_workers=2), BrokenExecutor)
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    assert names == ["collect", "_results"]
+
+
+@pytest.mark.slow
+def test_a_file_that_hides_a_module_of_python_is_named(program, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "random.py").write_text("raise ImportError")
+    source = """
+        import os
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            import random
+            os.chdir("folder")
+            try:
+                list(Joblib.setup(abs, range(9), num_workers=2))
+            except Exception as error:
+                print(error.__cause__)
+    """
+    output, _ = program(source, warnings="default").communicate()
+    assert "random.py" in output
+
+
+# ------------------------------------------------------------------------------------------------
+# No hang: timeout
+
+
+def test_timeout(setup, tmp_path):
+    # Of Ray, the start of workers counts.
+    timeout = 3 if setup.keywords["backend"] == "ray" else 1
+    tasks = [value(1), value(2), await_path(tmp_path / "go")]
+    received, error = collect(setup(eval, tasks, timeout=timeout), Exception)
+    (tmp_path / "go").touch()
+    assert sorted(received) == [1, 2]
+    assert isinstance(error, TimeoutError)
+    assert isinstance(error, multiprocessing.TimeoutError)
+    assert f"timeout of {timeout} seconds" in str(error)
+    assert sorted(setup(abs, [-1, -2], timeout=60)) == [1, 2]
+
+
+@pytest.mark.locally
+def test_timeout_of_nothing_and_of_more_than_a_life(setup, tmp_path):
+    for timeout in (0, 1e-9):
+        with pytest.raises(TimeoutError):
+            next(setup(eval, [await_path(tmp_path / "go")], timeout=timeout))
+    (tmp_path / "go").touch()
+    assert list(setup(abs, [-1], timeout=1e12)) == [1]
+
+
+@pytest.mark.locally
+def test_a_timeout_tells_which_task_it_was(setup, tmp_path):
+    tasks = [await_path(tmp_path / "go", number) for number in range(9)]
+    with pytest.raises(TimeoutError) as caught:
+        next(setup(eval, tasks, timeout=0.5, batch_size=1))
+    (tmp_path / "go").touch()
+    expected = r"4 are out, of which the oldest batch is: Task 0 \(counted from 0\): "
+    if setup.keywords["backend"] in ("loky", "multiprocessing"):
+        expected = r"the timeout of 0.5 seconds. Task [01] \(counted from 0\): "
+    assert re.search(expected, str(caught.value))
+
+
+def timed_out():
+    results = Joblib.setup(
+        run, [slow(3600)], 2, backend="multiprocessing", timeout=0.2, errors="return"
+    )
+    return next(results).error
+
+
+def test_a_time_out_is_shown_by_the_name_that_everybody_knows():
+    error = timed_out()
+    assert isinstance(error, TimeoutError)
+    assert isinstance(error, multiprocessing.TimeoutError)
+    (line,) = traceback.format_exception_only(type(error), error)
+    assert line.startswith("TimeoutError: a task has taken longer than the timeout of")
+    assert repr(error).startswith("TimeoutError(")
 
 
 @pytest.mark.once
@@ -3930,51 +3066,6 @@ program.wait()
     wait_until(lambda: not any(map(is_alive, pids)))
 
 
-def timed_out():
-    results = Joblib.setup(
-        run, [slow(3600)], 2, backend="multiprocessing", timeout=0.2, errors="return"
-    )
-    return next(results).error
-
-
-def test_a_time_out_is_shown_by_the_name_that_everybody_knows():
-    error = timed_out()
-    assert isinstance(error, TimeoutError)
-    assert isinstance(error, multiprocessing.TimeoutError)
-    (line,) = traceback.format_exception_only(type(error), error)
-    assert line.startswith("TimeoutError: a task has taken longer than the timeout of")
-    assert repr(error).startswith("TimeoutError(")
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("outer", PROCESSES)
-def test_a_time_out_of_a_nested_run_comes_home(program, outer):
-    source = """
-        import multiprocessing, pickle, sys, time
-        from yourpackage.distributed import Joblib
-
-        def inner(backend):
-            if multiprocessing.current_process().name == "MainProcess":
-                raise AssertionError
-            return list(
-                Joblib.setup(time.sleep, [3600], 2, backend=backend, timeout=0.3)
-            )
-
-        if __name__ == "__main__":
-            outer, nested = sys.argv[1:]
-            try:
-                list(Joblib.setup(inner, [nested], 2, backend=outer))
-            except TimeoutError as error:
-                error = pickle.loads(pickle.dumps(error))
-                print(
-                    type(error).__name__,
-                    isinstance(error, multiprocessing.TimeoutError),
-                    "timeout of 0.3 seconds" in str(error),
-                )
-    """
-    assert output_of(program(source, outer, "loky")) == "TimeoutError True True\n"
-
-
 @pytest.mark.once
 def test_a_worker_that_is_not_ready_in_time_is_an_error(processes, monkeypatch, capfd):
     Joblib.shutdown()
@@ -4009,12 +3100,481 @@ def test_threads_keep_the_timeout_as_the_wait_for_anything(tmp_path):
     assert "no task has completed within the timeout of 1 seconds" in str(error)
 
 
+@pytest.mark.once
+def test_in_threads_the_timeout_is_for_the_wait_not_for_the_run():
+    results = Joblib.setup(time.sleep, [0.3] * 8, 2, backend="threading", timeout=1)
+    assert len(list(results)) == 8
+
+
+def test_a_clock_that_stands_still(monkeypatch):
+    clock = types.SimpleNamespace(monotonic=lambda: 5.0)
+    monkeypatch.setattr(distributed, "time", clock)
+    results = Joblib.setup(abs, range(300), 2, backend="threading")
+    assert sorted(itertools.islice(results, 300)) == list(range(300))
+
+
 # ------------------------------------------------------------------------------------------------
-# Workers that are replaced; one worker; maxtasksperchild
+# A sweep goes on: errors="return"
 
 
-def descriptors():
-    return len(os.listdir("/proc/self/fd"))
+def check_failed_task(setup, fault, error_type, return_as, batch_size, **options):
+    tasks = [value(number) for number in range(12)]
+    tasks[7] = fault
+    options |= {"return_as": return_as, "batch_size": batch_size}
+    results = list(setup(run, iter(tasks), errors="return", **options))
+    (failed,) = (result for result in results if isinstance(result, FailedTask))
+    assert (failed.number, type(failed.error)) == (7, error_type)
+    assert failed.task is tasks[7]
+    position = results.index(failed)
+    assert return_as == "generator_unordered" or position == 7
+    results.remove(failed)
+    expected = [*range(7), *range(8, 12)]
+    assert (results if return_as == "generator" else sorted(results)) == expected
+    _, raised = collect(setup(run, iter(tasks), **options), Exception)
+    assert type(raised) is error_type
+    assert str(raised) == str(failed.error)
+    assert notes_of(raised) == notes_of(failed.error)
+    assert type(raised.__cause__) is type(failed.error.__cause__)
+    return failed.error
+
+
+ORDERS = [
+    pytest.param("generator", 1, marks=pytest.mark.locally),
+    ("generator_unordered", 5),
+]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("return_as", "batch_size"), ORDERS)
+@pytest.mark.parametrize(
+    ("error", "error_type"),
+    [
+        ("ValueError('bad')", ValueError),
+        pytest.param(
+            "OSError(2, 'gone', 'x')", FileNotFoundError, marks=pytest.mark.alike
+        ),
+    ],
+)
+def test_a_task_that_raises_is_a_failed_task_in_its_place(
+    setup, error, error_type, return_as, batch_size
+):
+    error = check_failed_task(setup, raising(error), error_type, return_as, batch_size)
+    if HAS_NOTES:
+        (note,) = error.__notes__
+        assert note.startswith("Task 7 (counted from 0): ")
+
+
+EXITS = [
+    "SystemExit(3)",
+    "SystemExit()",
+    "KeyboardInterrupt()",
+    "GeneratorExit()",
+    "StopIteration(4)",
+    "BaseException(5)",
+]
+
+
+@pytest.mark.alike
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "expression",
+    [EXITS[0], *(pytest.param(e, marks=pytest.mark.locally) for e in EXITS[2::2])],
+)
+def test_what_is_no_exception_is_the_cause_of_the_error_of_a_failed_task(
+    setup, expression
+):
+    fault = exiting(expression)
+    error = check_failed_task(setup, fault, RuntimeError, "generator", 5)
+    expected = eval(expression)
+    assert type(error.__cause__) is type(expected)
+    assert error.__cause__.args == expected.args
+    assert type(expected).__name__ in str(error)
+    assert not HAS_NOTES or error.__notes__[0].startswith("Task 7 (counted from 0): ")
+
+
+@pytest.mark.alike
+@pytest.mark.once
+@pytest.mark.parametrize(("return_as", "batch_size"), ORDERS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        *(what for what in PICKLING if what != "lock to pickle"),
+        pytest.param("lock to pickle", marks=pytest.mark.locally),
+    ],
+)
+def test_what_cannot_be_pickled_or_unpickled_is_a_failed_task(
+    pickling_setup, what, return_as, batch_size
+):
+    fault, error_type = PICKLING[what]
+    error = check_failed_task(pickling_setup, fault, error_type, return_as, batch_size)
+    assert "pickled" in str(error)
+    assert what.split()[0].replace("lock", "task") in str(error)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("death", [KILL, EXIT, EXIT_IN_PEACE])
+def test_a_task_that_ends_its_worker_is_a_failed_task(processes, death):
+    error = check_failed_task(
+        processes, death, distributed.BrokenProcessPool, "generator", 1
+    )
+    assert isinstance(error, BrokenExecutor)
+    assert "a worker process has died" in str(error)
+    assert "Task 7 (counted from 0)" in str(error)
+
+
+@pytest.mark.once
+def test_a_task_that_takes_too_long_is_a_failed_task(processes):
+    error = check_failed_task(
+        processes, slow(3600), distributed._TaskTimeoutError, "generator", 1, timeout=1
+    )
+    assert "Task 7 (counted from 0)" in str(error)
+    assert "1 seconds" in str(error)
+
+
+@pytest.mark.once
+def test_all_tasks_of_a_batch_may_fail_each_in_its_way(processes):
+    tasks = [fault for fault, _ in PICKLING.values()] + [
+        value(5),
+        raising("KeyError()"),
+    ]
+    # Enough for two workers: at the end of the tasks batches are smaller.
+    tasks += map(value, range(7, 14))
+    results = list(processes(run, tasks, errors="return", batch_size=7))
+    failed, others = numbers_of(results)
+    assert (sorted(failed), sorted(others)) == ([0, 1, 2, 3, 4, 6], [5, *range(7, 14)])
+    for number, _, error in (r for r in results if isinstance(r, FailedTask)):
+        expected = [*(kind for _, kind in PICKLING.values()), None, KeyError][number]
+        assert type(error) is expected
+        assert not HAS_NOTES or f"Task {number} (counted" in error.__notes__[-1]
+
+
+def test_a_death_costs_its_batch_and_nothing_is_run_twice(processes, tmp_path):
+    tasks = [logged(tmp_path, n, KILL if n == 7 else None) for n in range(20)]
+    options = {"errors": "return", "batch_size": 5, "return_as": "generator"}
+    results = list(processes(run, tasks, **options))
+    failed, others = numbers_of(results)
+    assert sorted(failed) == [5, 6, 7, 8, 9]
+    assert sorted(others) == [*range(5), *range(10, 20)]
+    ran = times_run(tmp_path)
+    assert set(ran) == set(range(20)) - {8, 9}
+    assert set(ran.values()) == {1}
+    for number, task, error in (r for r in results if isinstance(r, FailedTask)):
+        assert task is tasks[number]
+        assert "One of tasks 5 to 9 (counted from 0)" in str(error)
+
+
+@pytest.mark.once
+def test_a_time_out_costs_what_was_not_done_and_nothing_is_run_twice(
+    processes, tmp_path
+):
+    tasks = [logged(tmp_path, n, slow(3600) if n == 7 else None) for n in range(20)]
+    results = list(processes(run, tasks, errors="return", batch_size=5, timeout=2))
+    failed, others = numbers_of(results)
+    # That the first two are done was known long before.
+    assert sorted(failed) == [7, 8, 9]
+    assert sorted(others) == [*range(7), *range(10, 20)]
+    assert set(times_run(tmp_path).values()) == {1}
+    assert set(times_run(tmp_path)) == set(range(20)) - {8, 9}
+
+
+@pytest.mark.once
+@each_fault
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
+def test_what_cannot_be_sent_costs_no_worker_and_no_other_result(
+    processes, bad, tmp_path, return_as
+):
+    first, second = meeting(tmp_path, "before")
+    third, fourth = meeting(tmp_path, "after")
+    tasks = [first, bad, value(1), second, bad, value(1)]
+    tasks += [third, value(1), bad, fourth, value(1), bad]
+    # Those that meet are out together, and nothing else.
+    options = {"batch_size": 3, "pre_dispatch": 2, "errors": "return"}
+    options["return_as"] = return_as
+    results = list(processes(eval, tasks, **options))
+    failed = {r.number for r in results if isinstance(r, distributed.FailedTask)}
+    assert failed == {1, 4, 8, 11}
+    assert results.count(1) == 4
+    pids = Counter(r for r in results if isinstance(r, int) and r != 1)
+    assert list(pids.values()) == [2, 2]  # two workers, before and after
+
+
+KINDS = {
+    "fine": None,
+    "raises": raising("KeyError(1)"),
+    "exits": raising("SystemExit(1)"),
+    "dies": KILL,
+    "leaves": EXIT_IN_PEACE,
+    "lock": LOCK,
+    "bad result": BAD_RESULT,
+    "unpicklable": CannotBePickled(),
+    "unreadable": by_value(CannotBeUnpickled)(),
+}
+
+
+FATAL = {"dies", "leaves"}
+
+
+@pytest.mark.once
+@settings(deadline=None, max_examples=15)
+@given(
+    kinds=st.lists(
+        st.one_of(st.just("fine"), st.sampled_from(sorted(KINDS))), max_size=25
+    ),
+    backend=st.sampled_from(["multiprocessing", "multiprocessing", "loky"]),
+    batch_size=st.sampled_from([1, 1, 3, "auto"]),
+    num_workers=st.sampled_from([1, 2, 3]),
+    return_as=st.sampled_from(["generator", "generator_unordered"]),
+    more=st.fixed_dictionaries(
+        {},
+        optional={
+            "timeout": st.just(60),
+            "maxtasksperchild": st.sampled_from([1, 4]),
+            "pre_dispatch": st.sampled_from(["all", 1]),
+        },
+    ),
+)
+def test_any_mixture_of_tasks_is_accounted_for(
+    tmp_path_factory, kinds, backend, batch_size, num_workers, return_as, more
+):
+    folder = tmp_path_factory.mktemp("tasks")
+    tasks = [
+        logged(folder, number, KINDS[kind])
+        if isinstance(KINDS[kind], str | None)
+        else KINDS[kind]
+        for number, kind in enumerate(kinds)
+    ]
+    options = {"batch_size": batch_size, "return_as": return_as, **more}
+    results = list(
+        Joblib.setup(
+            run, iter(tasks), num_workers, backend=backend, errors="return", **options
+        )
+    )
+    numbers = [r.number if isinstance(r, FailedTask) else r for r in results]
+    in_order = list(range(len(tasks)))
+    assert (numbers if return_as == "generator" else sorted(numbers)) == in_order
+    assert all(r.task is tasks[r.number] for r in results if isinstance(r, FailedTask))
+    failed, fine = map(set, numbers_of(results))
+    faulty = {number for number, kind in enumerate(kinds) if kind != "fine"}
+    assert failed >= faulty
+    if batch_size == 1 or not FATAL & set(kinds):
+        assert failed == faulty
+    ran = times_run(folder)
+    assert set(ran.values()) <= {1}
+    assert set(ran) >= fine
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=30)
+@given(
+    expressions=st.lists(st.sampled_from([None, *EXITS, "KeyError(1)"]), max_size=30),
+    batch_size=st.sampled_from([1, 4, 50]),
+    return_as=st.sampled_from(["generator", "generator_unordered"]),
+)
+def test_any_mixture_of_tasks_is_accounted_for_in_threads(
+    expressions, batch_size, return_as
+):
+    tasks = [
+        value(number) if expression is None else exiting(expression)
+        for number, expression in enumerate(expressions)
+    ]
+    options = {"batch_size": batch_size, "return_as": return_as, "errors": "return"}
+    results = list(Joblib.setup(run, iter(tasks), 2, backend="threading", **options))
+    numbers = [r.number if isinstance(r, FailedTask) else r for r in results]
+    in_order = list(range(len(tasks)))
+    assert (numbers if return_as == "generator" else sorted(numbers)) == in_order
+    failed = {r.number for r in results if isinstance(r, FailedTask)}
+    assert failed == {n for n, e in enumerate(expressions) if e is not None}
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_the_error_of_a_failed_task_refers_to_nothing_of_the_run(backend):
+    function = lambda task: 1 / 0 if task == 3 else 0
+    results = Joblib.setup(
+        function, (n for n in range(9)), 2, backend=backend, errors="return"
+    )
+    run = weakref.ref(results.gi_frame.f_locals["run"])
+    (failed,) = [result for result in results if isinstance(result, FailedTask)]
+    assert type(failed.error) is ZeroDivisionError
+    del results
+    gc.collect()
+    assert run() is None
+
+
+class FailsNowAndThen(joblib.parallel.ThreadingBackend):
+    """Reports an error in place of a batch, as an engine does that has lost it."""
+
+    submitted = 0
+
+    def submit(self, func, callback=None):
+        self.submitted += 1
+        if self.submitted % 3 == 0:
+            callback(OSError("lost"))
+            return None
+        return super().submit(func, callback)
+
+    def retrieve_result_callback(self, out):
+        if isinstance(out, OSError):
+            raise out
+        return super().retrieve_result_callback(out)
+
+
+def test_what_an_engine_reports_of_a_batch_is_its_failed_tasks():
+    options = {"errors": "return", "batch_size": 2, "return_as": "generator"}
+    results = list(
+        Joblib.setup(
+            run, map(value, range(20)), 2, backend=FailsNowAndThen(), **options
+        )
+    )
+    failed, others = numbers_of(results)
+    assert sorted(failed) == [4, 5, 10, 11, 16, 17]
+    assert sorted([*failed, *others]) == list(range(20))
+    for error in (item.error for item in results if isinstance(item, FailedTask)):
+        assert type(error) is OSError
+
+
+# ------------------------------------------------------------------------------------------------
+# A sweep goes on: what ends it all the same
+
+
+@pytest.mark.alike
+def test_an_error_of_the_tasks_is_raised_after_all_that_there_is(setup):
+    def tasks():
+        yield from (value(0), "1 / 0", value(2))
+        raise LookupError("no more")
+
+    received, error = collect(
+        setup(run, tasks(), errors="return", return_as="generator"), LookupError
+    )
+    assert str(error) == "no more"
+    assert [type(result) for result in received] == [int, FailedTask, int]
+
+
+@pytest.mark.alike
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (CannotBePickled().__reduce__, "task_func cannot be pickled"),
+        (by_value(CannotBeUnpickled)().call, "task_func cannot be unpickled"),
+    ],
+)
+def test_a_function_that_cannot_travel_ends_the_run(pickling_setup, function, text):
+    if text.endswith("be pickled"):
+        function = threading.Lock().acquire
+    received, error = collect(
+        pickling_setup(function, [1, 2, 3], errors="return"), Exception
+    )
+    assert received == []
+    assert text in str(error)
+    assert isinstance(error, pickle.PickleError)
+
+
+def test_an_initializer_that_fails_ends_the_run_and_is_shown(processes, capfd):
+    options = {"initializer": eval, "initargs": ("1 / 0",), "errors": "return"}
+    received, error = collect(processes(abs, range(9), **options), BrokenExecutor)
+    assert received == []
+    assert "the initializer has failed in a worker: ZeroDivisionError" in str(error)
+    assert "Traceback" in str(error.__cause__)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+def test_an_initializer_that_ends_its_worker_ends_the_run(processes, capfd):
+    options = {"initializer": eval, "initargs": (EXIT_IN_PEACE,), "errors": "return"}
+    received, error = collect(processes(abs, range(9), **options), BrokenExecutor)
+    assert received == []
+    assert "a worker process has died as it started" in str(error)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+def test_an_initializer_that_fails_in_a_worker_in_place_of_another_ends_the_run(
+    processes, tmp_path
+):
+    (tmp_path / "fine").mkdir()
+    source = f"import os; os.listdir({str(tmp_path / 'fine')!r})"
+    options = {"initializer": exec, "initargs": (source,), "errors": "return"}
+    remove = f"__import__('os').rmdir({str(tmp_path / 'fine')!r})"
+    tasks = [value(0), *[value(1)] * 9, f"({remove}, {KILL})", *[value(2)] * 9]
+    results = processes(run, tasks, batch_size=1, return_as="generator", **options)
+    received, error = collect(results, BrokenExecutor)
+    assert "initializer has failed" in str(error)
+    assert "FileNotFoundError" in str(error)
+    assert received[:10] == [0, *[1] * 9]
+
+
+def test_the_failure_of_an_engine_is_raised_whatever_errors_says():
+    results = Joblib.setup(
+        abs, range(10), 2, backend=FailingThreading(), errors="return"
+    )
+    received, error = collect(results, OSError)
+    assert error is not None
+    assert not any(isinstance(result, FailedTask) for result in received)
+
+
+@pytest.mark.alike
+@pytest.mark.once
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_who_quits_the_debugger_means_the_program(setup, num_workers):
+    tasks = [value(0), raising("__import__('bdb').BdbQuit()"), value(2)]
+    options = {"errors": "return", "return_as": "generator", "batch_size": 1}
+    results = setup(run, tasks, num_workers=num_workers, **options)
+    received, error = collect(results, bdb.BdbQuit)
+    assert received == [0]
+    assert type(error) is bdb.BdbQuit
+
+
+@pytest.mark.slow
+def test_who_quits_the_debugger_in_a_batch_means_the_program(processes, tmp_path):
+    quits = raising("__import__('bdb').BdbQuit()")
+    tasks = [value(0), "1 / 0", quits, logged(tmp_path, 3), logged(tmp_path, 4)]
+    tasks += map(value, range(5, 10))  # for the other worker
+    options = {"errors": "return", "return_as": "generator", "batch_size": 5}
+    received, error = collect(processes(run, tasks, **options), bdb.BdbQuit)
+    assert [type(result) for result in received] == [int, FailedTask]
+    assert type(error) is bdb.BdbQuit
+    assert times_run(tmp_path) == {}
+
+
+INTERRUPTED_SWEEP = """
+    import pathlib, sys, time
+    from yourpackage.distributed import Joblib
+
+    def work(task):
+        if task == 2:
+            pathlib.Path("begun").touch()
+            time.sleep(3600)
+        return task
+
+    if __name__ == "__main__":
+        backend, workers, errors = sys.argv[1:]
+        try:
+            for result in Joblib.setup(
+                work, range(5), int(workers), backend=backend, errors=errors
+            ):
+                if result == 0:
+                    print("first", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted")
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("backend", "workers"), [("loky", 2), ("multiprocessing", 1), ("threading", 1)]
+)
+def test_an_interrupt_of_the_program_is_no_failed_task(
+    program, tmp_path, backend, workers
+):
+    process = program(INTERRUPTED_SWEEP, backend, workers, "return")
+    assert process.stdout.readline() == "first\n"
+    wait_until((tmp_path / "begun").exists)
+    process.send_signal(signal.SIGINT)
+    assert output_of(process) == "interrupted\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# A sweep goes on: workers in place of others
 
 
 @pytest.mark.once
@@ -4201,789 +3761,183 @@ def test_a_worker_that_is_kept_counts_its_tasks_of_all_runs():
     assert max(pids.values()) <= 4
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True])
-def test_maxtasksperchild_must_be_a_number_of_tasks(value):
-    with pytest.raises(ValueError, match="^maxtasksperchild must be ") as caught:
-        Joblib.setup(abs, [1], 2, maxtasksperchild=value)
-    assert repr(value) in str(caught.value)
-
-
 # ------------------------------------------------------------------------------------------------
-# Ends of programs: nothing is left
+# Forks and children
 
 
-# loky, and each way in which multiprocessing starts a process.
-METHODS = ["loky", *multiprocessing.get_all_start_methods()]
+FORKED = """
+    import multiprocessing, os, sys, warnings
+    from yourpackage.distributed import Joblib
 
+    def show(results):
+        try:
+            print(sum(results), flush=True)
+        except RuntimeError as error:
+            print(error, flush=True)
 
-# How a program begins: its first argument is one of these.
-BEGIN = """
-import ctypes, itertools, multiprocessing, os, signal, subprocess, sys, threading
-import atexit, gc, pathlib, random, time, warnings
-from yourpackage.distributed import Joblib, _open_runs
-
-backend = "loky"
-if sys.argv[1:] and sys.argv[1] != "loky":
-    backend = "multiprocessing"
     if __name__ == "__main__":
-        multiprocessing.set_start_method(sys.argv[1])
+        warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+        backend, used, way = sys.argv[1:]
+        results = Joblib.setup(abs, [1] * 100, 2, backend=backend, batch_size=1)
+        if used == "used":
+            next(results)
+        if os.fork() == 0:
+            if used == "used":
+                show(results)
+            show(Joblib.setup(abs, range(10), num_workers=2, backend=backend))
+            left = multiprocessing.active_children()
+            for _ in Joblib.setup(abs, range(10), num_workers=2, backend=backend):
+                break
+            print(left, multiprocessing.active_children(), flush=True)
+            sys.exit() if way == "exit" else os._exit(0)
+        print(os.wait()[1], flush=True)
+        show(results)
 """
-
-
-@pytest.fixture(params=METHODS)
-def begun(program, request):
-    """Like `program`, on loky or on one of the start methods of multiprocessing."""
-
-    def start(source, *arguments, **options):
-        source = BEGIN + textwrap.dedent(source)
-        return program(source, request.param, *arguments, **options)
-
-    start.method = request.param
-    return start
-
-
-def is_running(pid):
-    """Tell whether a process goes on; one that nobody has waited for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
-def running(seconds, begin=".*"):
-    """Return the ids of the processes whose command is to sleep for *seconds*.
-
-    Those of a shell or of `timeout` count, unless the command is to *begin* with that.
-    """
-    command = f"{begin}sleep[\\0 ]{seconds}".encode()
-    pids = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            found = re.match(command, path.read_bytes(), re.DOTALL)
-            if found and is_running(path.parent.name):
-                pids.append(int(path.parent.name))
-    return pids
-
-
-def sleeping(seconds):
-    return running(seconds, begin="")
-
-
-@pytest.fixture
-def seconds():
-    """How long a `sleep` is to take, by which it is told from all others."""
-    seconds = f"{3600 + random.random():.9f}"
-    yield seconds
-    for pid in running(seconds):
-        os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def fresh():
-    """Let no worker be idle that another test has left, and leave none."""
-    Joblib.shutdown()
-    yield
-    Joblib.shutdown()
-
-
-def meet(folder, here, there):
-    """An expression for the worker's id, when one for *there* has begun as well."""
-    return f"({touch(folder / here)}, {await_path(folder / there)}, {PID})[2]"
-
-
-def meeting(folder, name):
-    """Two tasks that each need a worker, and return its id."""
-    folder = Path(folder, name)
-    folder.mkdir()
-    return [meet(folder, "one", "two"), meet(folder, "two", "one")]
-
-
-ENDED = """
-import numpy
-
-def work(task):
-    number, array = task
-    assert array.filename  # it lies in a file
-    print(os.getpid(), flush=True)
-    if sys.argv[2] == "busy":
-        subprocess.run([*sys.argv[4:-1], "sleep", sys.argv[-1]])
-
-if __name__ == "__main__":
-    tasks = [(number, numpy.zeros(300_000)) for number in range(2)]
-    results = Joblib.setup(work, tasks, 2, backend=backend, batch_size=1)
-    next(results)
-    next(results)  # which does not end the run: its workers are idle
-    print("idle", flush=True)
-    sys.stdin.readline()
-    if sys.argv[3] == "crash":
-        ctypes.string_at(0)
-    os._exit(3)
-"""
-
-
-def end_program(process, way):
-    """End a program that `ENDED` is the source of."""
-    if way in ("crash", "_exit"):
-        process.stdin.write("\n")
-        process.stdin.flush()
-    else:
-        process.send_signal(way)
-    return process.wait()
-
-
-def has_files(pid):
-    return any(Path("/dev/shm").glob(f"*_{pid}_*"))
-
-
-# The ways matter to Linux alone, so that not all start methods need to be tried with each.
-WAYS = [("loky", getattr(signal, name)) for name in ("SIGTERM", "SIGHUP", "SIGSEGV")]
-WAYS += [(method, signal.SIGKILL) for method in METHODS]
-
-
-def check_that_nothing_is_left(process, way, pids, seconds):
-    assert has_files(process.pid)
-    status = end_program(process, way)
-    expected = {"_exit": 3, "crash": -signal.SIGSEGV}
-    assert status == (expected[way] if isinstance(way, str) else -way)
-    wait_until(lambda: not any(map(is_running, pids)))
-    wait_until(lambda: not running(seconds))
-    wait_until(lambda: not has_files(process.pid))
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(("begun", "way"), WAYS, indirect=["begun"])
-def test_busy_workers_and_their_programs_end_with_a_program_that_is_killed(
-    begun, way, seconds
-):
-    process = begun(ENDED, "busy", "", seconds)
-    pids = {int(process.stdout.readline()) for _ in range(2)}
-    wait_until(lambda: len(sleeping(seconds)) == 2)
-    check_that_nothing_is_left(process, way, pids, seconds)
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(
-    ("begun", "way"),
-    [("loky", signal.SIGKILL), ("fork", "crash"), ("loky", "_exit")],
-    indirect=["begun"],
-)
-def test_idle_workers_end_with_a_program_that_ends_in_any_way(begun, way, seconds):
-    process = begun(ENDED, "idle", way, seconds)
-    lines = [process.stdout.readline() for _ in range(3)]
-    assert lines.pop() == "idle\n"
-    check_that_nothing_is_left(process, way, set(map(int, lines)), seconds)
-
-
-def shell(*command):
-    """An expression that runs a command, and waits for it."""
-    return f"__import__('subprocess').run({command!r}).returncode"
-
-
-def popen(*command, **options):
-    """An expression that starts a command, and forgets about it."""
-    started = f"__import__('subprocess').Popen({command!r}, **{options!r})"
-    return f"vars(__import__('builtins')).setdefault('kept', []).append({started})"
-
-
-STARTED = {
-    "an orphan": lambda s: shell("sh", "-c", f"sleep {s} & exit 0"),
-    "by timeout": lambda s: shell("sh", "-c", f"timeout 999 sleep {s} & exit 0"),
-    "in a group of its own": lambda s: (
-        popen("sleep", s, preexec_fn=None)
-        if sys.version_info < (3, 11)
-        else popen("sleep", s, process_group=0)
-    ),
-    "that ignores signals": lambda s: shell(
-        "sh", "-c", f"trap '' INT TERM HUP; sleep {s} & exit 0"
-    ),
-}
-
-
-started = pytest.mark.parametrize(
-    ("processes", "make"),
-    [
-        *(("loky", make) for make in STARTED.values()),
-        ("multiprocessing", STARTED["an orphan"]),
-    ],
-    ids=[*STARTED, "multiprocessing"],
-    indirect=["processes"],
-)
-
-
-@pytest.mark.once
-@started
-def test_what_tasks_have_started_ends_with_a_run_that_is_left(
-    processes, make, seconds, tmp_path
-):
-    tasks = [make(seconds), *[block(tmp_path)] * 3]
-    results = processes(eval, tasks, batch_size=1)
-    next(results)
-    wait_until(lambda: sleeping(seconds) and len(pids_in(tmp_path)) == 2)
-    results.close()
-    assert not any(map(is_running, pids_in(tmp_path)))
-    assert running(seconds) == []
-
-
-@pytest.mark.once
-@started
-def test_what_tasks_have_started_ends_with_idle_workers(
-    processes, make, seconds, fresh
-):
-    assert len(list(processes(eval, [make(seconds)]))) == 1
-    Joblib.shutdown()
-    assert running(seconds) == []
-
-
-@pytest.mark.once
-@started
-def test_what_a_dead_worker_has_started_ends_with_it(
-    processes, make, seconds, tmp_path
-):
-    go = tmp_path / "go"
-    results = processes(eval, [f"({make(seconds)}, {await_path(go)}, {KILL})"])
-    with ThreadPoolExecutor(1) as thread:
-        error = thread.submit(collect, results, BrokenExecutor)
-        wait_until(lambda: sleeping(seconds))
-        go.touch()
-        assert error.result()[1] is not None
-    assert running(seconds) == []
-
-
-@pytest.mark.once
-def test_what_makes_a_session_of_its_own_goes_on(processes, seconds, tmp_path):
-    daemon = popen("sleep", seconds, start_new_session=True)
-    results = processes(eval, [daemon, *[block(tmp_path)] * 3], batch_size=1)
-    next(results)
-    wait_until(lambda: sleeping(seconds))
-    (sleeper,) = sleeping(seconds)
-    assert os.getsid(sleeper) == sleeper
-    wait_until(lambda: len(pids_in(tmp_path)) == 2)
-    results.close()
-    assert not any(map(is_running, pids_in(tmp_path)))
-    assert sleeping(seconds) == [sleeper]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("timeout", [None, 60])
-def test_the_pickler_that_loky_is_told_to_use(program, monkeypatch, timeout):
-    monkeypatch.setenv("LOKY_PICKLER", "pickle")
-    source = f"""
-        from fractions import Fraction
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    ("backend", "used", "way"),
+    [
+        ("loky", "used", "exit"),
+        ("loky", "used", "_exit"),
+        ("loky", "unused", "exit"),
+        ("multiprocessing", "used", "exit"),
+        ("threading", "used", "exit"),
+    ],
+)
+def test_a_fork(program, backend, used, way):
+    output = output_of(program(FORKED, backend, used, way)).splitlines()
+    if used == "used":
+        first = "a run cannot be read in a fork of the process it is from"
+        assert output.pop(0) == first
+    assert output == ["45", "[] []", "0", "99" if used == "used" else "100"]
+
+
+def test_a_fork_cannot_end_a_run(tmp_path):
+    arrays = (numpy.full(300_000, task) for task in range(30))
+    results = Joblib.setup(numpy.max, arrays, num_workers=2, batch_size=1)
+    received = [next(results)]
+    if (child := os.fork()) == 0:
+        results.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert sorted([*received, *results]) == list(range(30))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    ("backend", "batch_size"), [("loky", 1), ("loky", 4), ("threading", 1)]
+)
+def test_a_fork_that_reads_on_takes_nothing_from_its_parent(
+    program, backend, batch_size
+):
+    source = """
+        import os, sys, warnings
+        from yourpackage.distributed import Joblib
+
+        def tasks():
+            while byte := os.read(reader, 1):  # of a pipe that the fork has as well
+                yield byte[0]
+
+        if __name__ == "__main__":
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            reader, writer = os.pipe()
+            os.write(writer, bytes(range(40)))
+            os.close(writer)
+            backend, batch_size = sys.argv[1:]
+            results = Joblib.setup(
+                abs, tasks(), 2, backend=backend, batch_size=int(batch_size)
+            )
+            received = [next(results)]
+            if os.fork() == 0:
+                try:
+                    print(next(results))
+                except RuntimeError as error:
+                    print(error, flush=True)
+                os._exit(0)
+            os.wait()
+            print(sorted([*received, *results]) == list(range(40)))
+    """
+    assert output_of(program(source, backend, batch_size)) == (
+        "a run cannot be read in a fork of the process it is from\nTrue\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_a_fork_that_exits_leaves_its_parent_alone(program, backend):
+    pytest.importorskip("numpy")
+    source = """
+        import os, sys, warnings
+        import numpy
         from yourpackage.distributed import Joblib
 
         if __name__ == "__main__":
-            tasks = [Fraction(-1, 3), Fraction(-2, 3)]
-            print(*sorted(Joblib.setup(abs, tasks, 2, timeout={timeout})))
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            arrays = (numpy.full(300_000, task) for task in range(30))
+            results = Joblib.setup(numpy.max, arrays, 2, backend=sys.argv[1], batch_size=1)
+            total = next(results)
+            if os.fork() == 0:
+                sys.exit()
+            os.wait()
+            print(total + sum(results))
     """
-    assert output_of(program(source)) == "1/3 2/3\n"
+    assert output_of(program(source, backend)) == "435\n"
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
-def test_tasks_read_an_empty_standard_input(begun):
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_starts_a_run(program):
     source = """
-        def read(task):
-            child = subprocess.run(["cat"], stdout=subprocess.PIPE).stdout
-            return os.read(0, 9), sys.stdin.read(), child
+        import multiprocessing, os, sys, threading, time, warnings
+        from yourpackage import distributed
+
+        def start():
+            list(distributed.Joblib.setup(abs, range(9), num_workers=2))
+
+        def open_slowly(*arguments, **options):
+            if threading.current_thread() is not threading.main_thread():
+                has_begun.set()
+                time.sleep(0.1)
+            return pipe(*arguments, **options)
 
         if __name__ == "__main__":
-            print(*set(Joblib.setup(read, range(4), 2, backend=backend)), flush=True)
-            print(sys.stdin.readline())
-    """
-    process = begun(source)  # whose own standard input stays open
-    assert process.stdout.readline() == "(b'', '', b'')\n"
-    process.stdin.write("for the program")
-    assert output_of(process) == "for the program\n"
-
-
-LEAVES_THREADS = """
-def leave_thread(task):
-    threading.Thread(target=threading.Event().wait).start()
-    if task == 0:
-        return os.getpid()
-    threading.Event().wait()
-
-if __name__ == "__main__":
-    many = [0] * 4 if sys.argv[2] != "close" else itertools.chain([0], [1] * 9)
-    results = Joblib.setup(leave_thread, many, 2, backend=backend, batch_size=1)
-    if sys.argv[2] in ("close", "open"):
-        pids = {next(results)}
-    else:
-        pids = set(results)
-    if sys.argv[2] == "close":
-        results.close()
-    if sys.argv[2] == "shutdown":
-        Joblib.shutdown()
-        for pid in pids:
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                continue
-            print(pid, "is left")
-    print("ended", *pids)
-"""
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(
-    ("begun", "way"),
-    [
-        *(("loky", way) for way in ("shutdown", "exit", "close")),
-        *(("fork", way) for way in ("shutdown", "open")),
-    ],
-    indirect=["begun"],
-)
-def test_a_thread_that_a_task_leaves_keeps_nothing_waiting(begun, way):
-    ended, *pids = output_of(begun(LEAVES_THREADS, way)).split()
-    assert ended == "ended"
-    assert not any(is_running(pid) for pid in pids)
-
-
-HOOKS = """
-def work(task):
-    path = pathlib.Path(sys.argv[3], str(os.getpid()))
-    atexit.register(path.touch)
-    return os.getpid()
-
-if __name__ == "__main__":
-    pids = set(Joblib.setup(work, range(8), 2, backend=backend, batch_size=1))
-    if sys.argv[2] == "shutdown":
-        Joblib.shutdown()
-        assert {int(name) for name in os.listdir(sys.argv[3])} == pids
-    print(*sorted(pids))
-"""
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("way", ["shutdown"])
-def test_a_pool_that_is_stopped_in_peace_runs_the_hooks_of_its_workers(
-    begun, way, tmp_path
-):
-    if begun.method in ("fork", "forkserver") and sys.version_info < (3, 13):
-        pytest.skip("Python has its forks run no hooks")
-    (tmp_path / "hooks").mkdir()
-    output = output_of(begun(HOOKS, way, tmp_path / "hooks"))
-    assert output.split() == sorted(map(str, pids_in(tmp_path / "hooks")))
-
-
-# ------------------------------------------------------------------------------------------------
-# Programs that live for days
-
-
-class Watched:
-    """Leaves a file named like its process when it is let go there."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.itself = self  # for the garbage collector alone
-
-    def __del__(self):
-        with open(os.path.join(self.folder, str(os.getpid())), "w"):
-            pass
-
-    def work(self, task):
-        return eval(task)
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("end", ["exhausted", "an error", "errors returned"])
-def test_an_idle_worker_keeps_no_function(fresh, tmp_path, end):
-    (tmp_path / "gone").mkdir()
-    watched = by_value(Watched)(str(tmp_path / "gone"))
-    tasks = meeting(tmp_path, "before")
-    errors = "return" if end == "errors returned" else "raise"
-    if end != "exhausted":
-        tasks.append(raising("KeyError()"))
-    options = {"batch_size": 1, "errors": errors, "return_as": "generator"}
-    results = Joblib.setup(watched.work, tasks, 2, **options)
-    received, error = collect(results, KeyError)
-    pids = {item for item in received if isinstance(item, int)}
-    assert len(pids) == 2
-    assert (error is not None) == (end == "an error")
-    wait_until(lambda: set(pids_in(tmp_path / "gone")) == pids)
-    assert all(map(is_running, pids))
-    assert set(Joblib.setup(eval, meeting(tmp_path, "after"), 2)) == pids
-    del watched
-    gc.collect()
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(
-    ("place", "mask"), [("default", 0o000), ("given", 0o022), ("new", 0o000)]
-)
-def test_the_folder_of_a_run_is_the_users_alone(processes, tmp_path, place, mask):
-    folder = {"default": None, "given": tmp_path, "new": tmp_path / "a" / "b"}[place]
-    before = os.umask(mask)
-    try:
-        array = numpy.zeros(300_000)
-        name = operator.attrgetter("filename")
-        results = processes(name, [array] * 3, temp_folder=folder, batch_size=1)
-        file = Path(next(results))
-        assert file.is_relative_to(folder or "/")
-        assert file.stat().st_mode & 0o777 == 0o600
-        assert file.parent.stat().st_mode & 0o777 == 0o700
-        results.close()
-        assert not file.parent.exists()
-    finally:
-        os.umask(before)
-
-
-SLOW = """
-import os, time
-try:
-    os.close(os.open({first!r}, os.O_CREAT | os.O_EXCL))
-except FileExistsError:
-    while not os.path.exists({go!r}):
-        time.sleep(0.01)
-"""
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_short_run_does_not_wait_for_a_worker_that_starts_slowly(
-    processes, tmp_path, fresh, count
-):
-    go = tmp_path / "go"
-    code = SLOW.format(first=str(tmp_path / "first"), go=str(go))
-    options = {"initializer": exec, "initargs": (code,), "batch_size": 1}
-    before = workers_now()
-    first = set(processes(eval, [PID] * count, **options))
-    assert len(first) == 1
-    assert not go.exists()
-    waiting = workers_now() - before
-    if processes.keywords["backend"] == "multiprocessing":  # which keeps none
-        assert waiting == set()
-        return
-    assert first <= waiting
-    go.touch()
-    second = set(processes(eval, meeting(tmp_path, "after"), **options))
-    assert len(second) == 2
-    assert waiting <= second
-
-
-READER = """
-def read():
-    results = Joblib.setup(abs, iter(range(200)), 2, backend=backend, batch_size=1)
-    received = [next(results)]
-    first.set()
-    threading.main_thread().join()
-    assert not threading.main_thread().is_alive()
-    received.extend(results)
-    print(sorted(received) == list(range(200)), flush=True)
-
-if __name__ == "__main__":
-    first = threading.Event()
-    threading.Thread(target=read).start()
-    first.wait()
-"""
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
-def test_a_reader_goes_on_when_the_main_thread_has_ended(begun):
-    # Python warns of forks beside threads, such as the reader.
-    process = begun(READER, warnings="ignore")
-    assert output_of(process) == "True\n"
-
-
-def one_worker(*arguments, **options):
-    return Joblib.setup(*arguments, num_workers=1, **options)
-
-
-def sequential(*arguments, **options):
-    return Joblib.setup(*arguments, backend="sequential", **options)
-
-
-@pytest.mark.parametrize(
-    ("engine", "errors"),
-    [
-        (SingleProcess.setup, "raise"),
-        (one_worker, "raise"),  # with "return", it is another process
-        (sequential, "raise"),
-        (sequential, "return"),
-    ],
-)
-def test_neither_task_nor_result_is_held_while_the_next_is_computed(engine, errors):
-    tasks, results, counts = weakref.WeakSet(), weakref.WeakSet(), []
-
-    def made(kept):
-        item = Task()
-        kept.add(item)
-        return item
-
-    def function(task):
-        counts.append((len(tasks), len(results)))
-        return made(results)
-
-    drawn = (made(tasks) for _ in range(9))
-    collections.deque(engine(function, drawn, errors=errors), maxlen=0)
-    assert counts == [(1, 0)] * 9
-
-
-class Knowing:
-    """A function that refers to its own run."""
-
-    def __init__(self, setup, tasks):
-        self.results = setup(self.work, tasks)
-
-    def work(self, task):
-        return eval(task)
-
-    def __getstate__(self):
-        return {}  # a generator cannot be sent
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("name", LOCAL)
-def test_a_run_that_its_function_refers_to_is_collected(name, request, tmp_path):
-    ended = threading.Event()
-
-    def tasks():
-        try:
-            yield from map(value, itertools.count())
-        finally:
-            ended.set()
-
-    kind = Knowing if name == "threading" else by_value(Knowing)
-    knowing = kind(start(request, name), tasks())
-    next(knowing.results)
-    reference = weakref.ref(knowing)
-    del knowing
-    # Threads hold the function for as long as they are busy with it.
-    wait_until(lambda: gc.collect() >= 0 and reference() is None)
-    wait_until(ended.is_set)
-    wait_until(lambda: not distributed._open_runs)
-
-
-def test_reducers_of_the_user_are_not_changed(processes):
-    empty, own = {}, {Task: lambda task: (int, ("7",))}
-    backward = {}
-    options = {"max_nbytes": 10, "backward_reducers": backward}
-    arrays = [numpy.zeros(99)] * 3
-    list(processes(numpy.sum, arrays, forward_reducers=empty, **options))
-    assert empty == backward == {}
-    results = processes(str, [Task()] * 3, forward_reducers=own, **options)
-    assert list(results) == ["7"] * 3
-    assert list(own) == [Task]
-    assert backward == {}
-
-
-@pytest.mark.once
-def test_idle_workers_are_stopped_when_their_time_is_over(fresh, tmp_path):
-    options = {"num_workers": 2, "batch_size": 1, "idle_worker_timeout": 0.2}
-    pids = set(Joblib.setup(eval, meeting(tmp_path, "first"), **options))
-    wait_until(lambda: not any(map(is_alive, pids)))
-    assert pids.isdisjoint(workers_now())
-    again = set(Joblib.setup(eval, meeting(tmp_path, "second"), **options))
-    assert len(again) == 2
-    assert again.isdisjoint(pids)
-    wait_until(lambda: not any(map(is_alive, again)))
-
-
-@pytest.mark.once
-def test_workers_that_serve_again_in_time_are_not_stopped(fresh, tmp_path):
-    options = {"num_workers": 2, "batch_size": 1, "idle_worker_timeout": 0.2}
-    pids = set(Joblib.setup(eval, meeting(tmp_path, "first"), **options))
-    if pids <= workers_now():  # else it has taken too long here
-        results = Joblib.setup(eval, meeting(tmp_path, "second"), **options)
-        second = {next(results)}
-        # Another pool comes and goes in the meantime.
-        other = functools.partial(Joblib.setup, initializer=exec, initargs=("",))
-        others = set(other(eval, meeting(tmp_path, "others"), **options))
-        wait_until(lambda: not any(map(is_alive, others)))
-        second |= set(results)
-        assert len(second) == 2
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_worker_that_is_killed_while_idle_is_replaced(fresh, tmp_path, number):
-    setup = functools.partial(Joblib.setup, eval, num_workers=2, batch_size=1)
-    pids = set(setup(meeting(tmp_path, "first")))
-    killed = min(pids)
-    os.kill(killed, number)
-    wait_until(lambda: killed not in workers_now())
-    again = set(setup(meeting(tmp_path, "second")))
-    assert len(again) == 2
-    assert again & pids == pids - {killed}
-
-
-@pytest.mark.once
-def test_workers_that_are_killed_leave_no_descriptor(processes, tmp_path, fresh):
-    def go(number):
-        before, after = (meeting(tmp_path, f"{number}{part}") for part in "ab")
-        tasks = [*before, KILL, *after]
-        results = processes(eval, tasks, batch_size=1, errors="return")
-        pids = [item for item in results if isinstance(item, int)]
-        assert len(pids) == 4
-        assert collect(processes(eval, [KILL]), BrokenExecutor)[1] is not None
-        left = processes(eval, [value(1), *[block(tmp_path / f"{number}a")] * 9])
-        next(left)
-        left.close()
-        Joblib.shutdown()
-
-    def count():
-        gc.collect()
-        return len(os.listdir("/proc/self/fd"))
-
-    go(0)  # which starts what stays
-    before, threads = count(), threading.active_count()
-    for number in range(1, 3):
-        go(number)
-    wait_until(lambda: threading.active_count() <= threads)
-    assert count() <= before
-
-
-INTERRUPTED_START = """
-import select
-
-def interrupt(delay):
-    select.select([], [], [], delay)
-    os.kill(os.getpid(), signal.SIGINT)
-
-def workers():
-    # Each leads a session; so does this program, and no helper of Python does.
-    multiprocessing.active_children()  # waits for those that have ended
-    parents, sessions = {}, {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(name)], sessions[int(name)] = int(fields[1]), int(fields[3])
-    servers = {pid for pid, parent in parents.items() if parent == os.getpid()}
-    ours = {pid for pid, parent in parents.items() if parent in servers} | servers
-    return [pid for pid in ours if sessions[pid] != os.getsid(0)]
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
-    count, seed, longest = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-    chance = random.Random(seed)
-    for _ in range(count):
-        delay = chance.uniform(0.002, longest)
-        thread = threading.Thread(target=interrupt, args=(delay,))
-        try:
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            has_begun, pipe = threading.Event(), multiprocessing.Pipe
+            multiprocessing.Pipe = open_slowly
+            thread = threading.Thread(target=start)
             thread.start()
-            list(Joblib.setup(abs, range(9), 2, backend=backend, batch_size=1))
+            has_begun.wait()
+            if os.fork() == 0:
+                print(sum(distributed.Joblib.setup(abs, range(9), num_workers=2)))
+                sys.exit()
             thread.join()
-            time.sleep(1)  # Python drops an interrupt that comes in a hook of a fork
-        except KeyboardInterrupt:
-            pass
-        thread.join()
-        if chance.random() < 0.5:
-            Joblib.shutdown()  # so that the next run starts a pool
-    assert sum(Joblib.setup(abs, range(9), 2, backend=backend)) == 36
-    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    Joblib.shutdown()
-    while _open_runs:
-        time.sleep(0.01)
-    while workers():
-        time.sleep(0.01)
-    print("done, blocked:", blocked)
-"""
+            os.wait()
+    """
+    assert output_of(program(source)) == "36\n"
 
 
-@pytest.mark.once
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
-def test_interrupts_at_every_moment_of_the_start_of_a_pool(begun):
-    count, longest = (40, 0.03) if begun.method == "fork" else (12, 0.5)
-    output = output_of(begun(INTERRUPTED_START, count, 1, longest))
-    assert output == "done, blocked: False\n"
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_of_a_process_that_has_used_the_fork_server(program):
+    source = """
+        import multiprocessing, os, sys, warnings
+        from yourpackage.distributed import Joblib
 
-
-# An interrupt of which another thread takes the signal is not kept from the main thread
-# by its mask: `interrupt_main` is what happens then.
-INTERRUPTED_THERE = """
-import _thread, multiprocessing.process
-
-def interrupting(function, when, is_meant):
-    calls = itertools.count(1)
-
-    def call(*arguments):
-        meant = is_meant(*arguments) and next(calls) == 2
-        if meant and when == "before":
-            _thread.interrupt_main()
-        function(*arguments)
-        if meant and when == "after":
-            _thread.interrupt_main()
-
-    return call
-
-if __name__ == "__main__":
-    kind, when = sys.argv[2:]
-    if kind == "process":
-        owner, is_meant = multiprocessing.process.BaseProcess, lambda process: True
-    else:
-        owner = threading.Thread
-        is_meant = lambda thread: getattr(thread._target, "__name__", "") == "_attend"
-    start, owner.start = owner.start, interrupting(owner.start, when, is_meant)
-    try:
-        list(Joblib.setup(abs, range(9), 2, backend=backend, batch_size=1))
-    except KeyboardInterrupt:
-        print("interrupted")
-    owner.start = start
-    while _open_runs:
-        time.sleep(0.01)
-    Joblib.shutdown()
-    print(len(multiprocessing.active_children()), "left")
-"""
-
-
-@pytest.mark.once
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", ["process", "thread"])
-@pytest.mark.parametrize("begun", ["loky", "fork"], indirect=True)
-def test_an_interrupt_at_a_moment_of_the_start_of_a_pool(begun, kind, when):
-    if kind == "process" and begun.method != "fork":
-        pytest.skip("its processes are started in threads, which are not interrupted")
-    output = output_of(begun(INTERRUPTED_THERE, kind, when, warnings="ignore"))
-    assert output == "interrupted\n0 left\n"
-
-
-NESTED = """
-    import itertools, multiprocessing, os, sys
-    from yourpackage.distributed import FailedTask, Joblib
-
-    def dies(task):
-        if task == 1:
-            os.kill(os.getpid(), 9)
-        return task
-
-    def run(backend, way):
-        setup = __import__("functools").partial(Joblib.setup, backend=backend)
-        if way == "read":
-            return sum(setup(abs, range(9), 2))
-        if way == "left":
-            for _ in setup(abs, itertools.count(), 2, batch_size=1):
-                break
-            return len(multiprocessing.active_children())
-        return len(list(setup(dies, range(9), 2, errors="return", batch_size=1)))
-
-    def inner(arguments):
-        return run(*arguments)
-
-    if __name__ == "__main__":
-        multiprocessing.set_start_method("fork", force=True)
-        outer, nested, way = sys.argv[1:]
-        print(*Joblib.setup(inner, [(nested, way)], 2, backend=outer))
-"""
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(
-    ("outer", "inner", "way", "expected"),
-    [
-        *((*pair, "read", 36) for pair in itertools.product(PROCESSES, repeat=2)),
-        ("loky", "loky", "left", 0),
-        ("multiprocessing", "multiprocessing", "dies", 9),
-    ],
-)
-def test_a_run_of_processes_in_a_task_of_another(program, outer, inner, way, expected):
-    assert output_of(program(NESTED, outer, inner, way)) == f"{expected}\n"
+        if __name__ == "__main__":
+            warnings.simplefilter("ignore", DeprecationWarning)  # CPython's, on forks
+            multiprocessing.set_start_method("forkserver")
+            options = {"num_workers": 2, "backend": "multiprocessing"}
+            print(sum(Joblib.setup(abs, range(10), **options)), flush=True)
+            if os.fork() == 0:
+                print(sum(Joblib.setup(abs, range(10), **options)), flush=True)
+                sys.exit()
+            print(os.wait()[1])
+    """
+    assert output_of(program(source)) == "45\n45\n0\n"
 
 
 FORKS_IN_A_THREAD = """
@@ -5011,147 +3965,107 @@ def test_a_thread_of_a_task_can_fork(begun):
     assert output_of(begun(FORKS_IN_A_THREAD, warnings="ignore")) == "[0] [0]\n"
 
 
-# ------------------------------------------------------------------------------------------------
-# What travels: errors of pickling, tracebacks, folders, read-only arrays
+CHILD = """
+    import multiprocessing, sys, time
+    from yourpackage.distributed import Joblib
 
+    def work(task):  # a function of the program, called __mp_main__ in a child
+        time.sleep(seconds)
+        return 2 * task
 
-FAULTY = {
-    "a task that cannot be pickled": threading.Lock(),
-    "a task that cannot be unpickled": eval(BAD_RESULT),
-    "a result that cannot be pickled": LOCK,
-    "a result that cannot be unpickled": BAD_RESULT,
-}
-
-
-faulty = pytest.mark.parametrize("bad", FAULTY.values(), ids=FAULTY)
-
-
-@faulty
-def test_what_cannot_be_sent_costs_nothing_before_it_and_names_its_task(processes, bad):
-    tasks = [value(0), value(1), bad, value(3)]
-    results = processes(eval, tasks, batch_size=4, return_as="generator")
-    received, error = collect(results, Exception)
-    assert received == [0, 1]
-    assert re.search("(?i)pickle", f"{type(error)} {error}")
-    if HAS_NOTES:
-        assert error.__notes__[0].startswith("Task 2 (counted from 0): ")
-    assert sorted(processes(abs, [-1, -2])) == [1, 2]
-
-
-@pytest.mark.once
-@faulty
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
-def test_what_cannot_be_sent_costs_no_worker_and_no_other_result(
-    processes, bad, tmp_path, return_as
-):
-    first, second = meeting(tmp_path, "before")
-    third, fourth = meeting(tmp_path, "after")
-    tasks = [first, bad, value(1), second, bad, value(1)]
-    tasks += [third, value(1), bad, fourth, value(1), bad]
-    # Those that meet are out together, and nothing else.
-    options = {"batch_size": 3, "pre_dispatch": 2, "errors": "return"}
-    options["return_as"] = return_as
-    results = list(processes(eval, tasks, **options))
-    failed = {r.number for r in results if isinstance(r, distributed.FailedTask)}
-    assert failed == {1, 4, 8, 11}
-    assert results.count(1) == 4
-    pids = Counter(r for r in results if isinstance(r, int) and r != 1)
-    assert list(pids.values()) == [2, 2]  # two workers, before and after
-
-
-def test_a_task_that_is_changed_after_it_was_drawn_arrives_as_it_was(processes):
-    def tasks():
-        task = [0]
-        for task[0] in range(40):
-            yield task
-        task[0] = -1
-
-    results = processes(sum, tasks(), batch_size=1)
-    assert sorted(results) == list(range(40))
-
-
-@pytest.mark.parametrize("batch_size", [4, "auto"])
-def test_a_task_that_the_consumer_changes_arrives_as_it_was_drawn(
-    processes, batch_size
-):
-    drawn = []
-
-    def tasks():
-        for number in range(60):
-            drawn.append([number])
-            yield drawn[-1]
-
-    received = []
-    for result in processes(sum, tasks(), batch_size=batch_size):
-        received.append(result)
-        for task in drawn:
-            task[0] = -1
-    assert sorted(received) == list(range(60))
-
-
-TRACEBACKS = """
-    import dataclasses, sys, traceback
-    from yourpackage.distributed import FailedTask, Joblib
-
-    def deep_down(task):
-        raise ValueError(f"no luck with {task}")  # this very line
-
-    def work(task):
-        return deep_down(task)
-
-    class Model:
-        def objective(self, task):
-            return (lambda: deep_down(task))()
+    def child(way, duration):
+        global seconds
+        seconds = float(duration)
+        results = Joblib.setup(work, range(8), num_workers=2)
+        if way == "read":
+            assert sum(results) == 56
+        elif way == "left":
+            next(results)
+        elif way == "open":
+            globals()["kept"] = results
+            next(results)
 
     if __name__ == "__main__":
-        functions = {"work": work, "method": Model().objective}
-        functions["lambda"] = lambda task: work(task)
-        backend, name, size, errors = sys.argv[1:]
-        try:
-            for result in Joblib.setup(
-                functions[name],
-                range(3),
-                2,
-                backend=backend,
-                batch_size=int(size),
-                errors=errors,
-            ):
-                raise result.error
-        except ValueError as error:
-            print(error.__cause__)
+        method, *arguments = sys.argv[1:]
+        context = multiprocessing.get_context(method)
+        process = context.Process(target=child, args=arguments)
+        process.start()
+        process.join()
+        print(process.exitcode)
 """
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "name", "size"),
+    ("method", "way", "duration"),
     [
-        ("loky", "work", 1),
-        ("loky", "method", 3),
-        ("loky", "lambda", 1),
-        ("multiprocessing", "method", 3),
+        ("spawn", "read", "0.2"),
+        ("spawn", "open", "0.2"),
+        *(("fork", way, "0") for way in ("read", "left", "open")),
+        ("forkserver", "read", "0.2"),
     ],
 )
-def test_a_traceback_of_a_worker_shows_the_lines_of_the_program(
-    program, tmp_path, backend, name, size
-):
-    text = output_of(program(TRACEBACKS, backend, name, size, "return"))
-    assert f'File "{tmp_path / "program.py"}", line 6, in deep_down' in text
-    assert '    raise ValueError(f"no luck with {task}")  # this very line' in text
-    assert "dynamic-code" not in text
-    for ours in ("distributed.py", "run_tasks", "joblib"):
-        assert ours not in text
-    assert text.count("  File ") == {"work": 2, "method": 3, "lambda": 3}[name]
+def test_a_child_process_ends_when_it_is_done(program, method, way, duration):
+    assert output_of(program(CHILD, method, way, duration)) == "0\n"
 
 
-# Whatever cannot be pickled or unpickled, too.
-@pytest.mark.parametrize("what", ["task to unpickle", "result to pickle"])
-def test_a_traceback_has_no_frames_of_this_module(processes, what):
-    _, error = collect(processes(run, [PICKLING[what][0]]), Exception)
-    text = str(error.__cause__)
-    for ours in ("distributed.py", "dynamic-code", "in load\n", "in reply\n"):
-        assert ours not in text
+# ------------------------------------------------------------------------------------------------
+# Self-contained
+
+
+@pytest.mark.slow
+def test_a_copy_in_a_package(program):
+    source = """
+        import sys
+        from yourpackage import distributed
+
+        def modules(task):
+            return [name for name in sys.modules if "distributed" in name]
+
+        if __name__ == "__main__":
+            for name in ("single_process", "joblib"):
+                print(*sorted(distributed.get_backend(name).setup(abs, [-2, -1])))
+            print(*distributed.get_backend("joblib").setup(modules, [1], num_workers=2))
+    """
+    assert output_of(program(source)) == "1 2\n1 2\n[]\n"
+
+
+def test_a_copy_that_hides_the_package_of_dask(program, tmp_path):
+    shutil.copy(FILE, tmp_path)
+    source = """
+        from distributed import Joblib
+
+        try:
+            Joblib.setup(abs, [1], backend="dask")
+        except ImportError as error:
+            print(error)
+    """
+    output = output_of(program(source))
+    assert str(tmp_path / "distributed.py") in output
+    assert "move that file into a package" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", distributed._PRIVATE_NAMES)
+def test_a_private_name_that_has_vanished_is_a_clear_error(program, name):
+    source = """
+        import sys
+        from yourpackage import distributed
+
+        def hide(owner, name, *default):
+            if name == sys.argv[1]:
+                raise AttributeError(name)
+            return getattr(owner, name, *default)
+
+        if __name__ == "__main__":
+            distributed.getattr = hide
+            try:
+                print(list(distributed.Joblib.setup(abs, range(99), 2, return_as="generator")))
+            except RuntimeError as error:
+                print(error)
+    """
+    output = output_of(program(source, name))
+    assert output.startswith(f"{name}, which is needed "), output
 
 
 @pytest.mark.once
@@ -5172,15 +4086,773 @@ def test_functions_travel_though_bytes_are_compared_strictly(program):
     assert output_of(program(source)) == "72\n"
 
 
-@pytest.mark.parametrize("expression", ["SystemExit(4)", "KeyboardInterrupt()"])
+@pytest.mark.slow
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_the_pickler_that_loky_is_told_to_use(program, monkeypatch, timeout):
+    monkeypatch.setenv("LOKY_PICKLER", "pickle")
+    source = f"""
+        from fractions import Fraction
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            tasks = [Fraction(-1, 3), Fraction(-2, 3)]
+            print(*sorted(Joblib.setup(abs, tasks, 2, timeout={timeout})))
+    """
+    assert output_of(program(source)) == "1/3 2/3\n"
+
+
+BY_NAME = """
+    import collections, dataclasses, enum, functools, multiprocessing, sys, threading
+    import typing
+    from yourpackage.distributed import FailedTask, Joblib
+
+    if sys.argv[1:] == ["fork"]:
+        multiprocessing.set_start_method("fork")
+    lock = threading.Lock()
+    Pair = collections.namedtuple("Pair", "x y")
+
+    @dataclasses.dataclass(frozen=True)
+    class Point:
+        x: int
+
+        class Inner:
+            pass
+
+    class Colour(enum.Enum):
+        RED = 1
+
+    class Failed(Exception):
+        pass
+
+    @functools.lru_cache
+    def cached(task):
+        return task
+
+    @functools.singledispatch
+    def dispatching(task):
+        return task
+
+    def locked(task):
+        with lock:
+            return task
+
+    class Model:
+        lock = lock
+
+        def method(self, task):
+            with self.lock:
+                return task
+
+        @staticmethod
+        def static(task):
+            return task
+
+    def makes(task):
+        if task == 9:
+            raise Failed(Point(9))
+        kinds = [Point(task), Point.Inner(), Colour.RED, Pair(1, 2), Failed()]
+        return kinds[task]
+
+    def takes(task):
+        with lock:
+            return type(task) in (Point, Point.Inner, Colour, Pair, Failed)
+
+    if __name__ == "__main__":
+        run = functools.partial(
+            Joblib.setup, num_workers=2, backend="multiprocessing", return_as="generator"
+        )
+        functions = cached, dispatching, locked, Model().method, Model.static
+        for function in functions:
+            print(list(run(function, range(3))))
+        results = list(run(makes, [*range(5), 9], errors="return"))
+        kinds = Point, Point.Inner, Colour, Pair, Failed
+        print(all(map(isinstance, results[:5], kinds)), results[2] is Colour.RED)
+        print(type(results[5].error) is Failed, results[5].error.args[0] == Point(9))
+        print(set(run(takes, results[:5])))
+        print(list(run(lambda task: cached(task), range(3))))
+        print(list(run(lambda task: isinstance(makes(task), Point), range(2))))
+"""
+
+
+@pytest.mark.once
+def test_where_workers_are_forks_all_of_the_program_travels_by_name(program):
+    output = output_of(program(BY_NAME, "fork"))
+    assert output.splitlines() == [
+        *["[0, 1, 2]"] * 5,
+        "True True",
+        "True True",
+        "{True}",
+        "[0, 1, 2]",
+        "[True, False]",
+    ]
+
+
+FROZEN = """
+    import os, stat, sys
+
+    if __name__ == "__main__":
+        # As the bootloader of PyInstaller: the executable is the program.
+        sys.frozen = True
+        sys.executable = os.path.abspath("executable")
+        import multiprocessing.spawn
+
+        multiprocessing.set_executable(sys.executable)
+        multiprocessing.spawn.freeze_support()
+
+    import numpy
+    from yourpackage.distributed import FailedTask, Joblib
+
+    def work(task):
+        return len(task) if hasattr(task, "__len__") else task
+
+    if __name__ == "__main__":
+        from joblib.externals.loky.backend import resource_tracker
+
+        if sys.argv[1] == "array":
+            tasks, expected = [numpy.zeros(300_000) for _ in range(6)], 1_800_000
+        else:
+            tasks, expected = range(6), 15
+        for _ in range(2):
+            results = Joblib.setup(work, tasks, 2, backend=sys.argv[2])
+            assert sum(results) == expected
+        tracker = resource_tracker._resource_tracker
+        print(tracker._pid, tracker._fd)
+        Joblib.shutdown()
+"""
+
+
+EXECUTABLE = """#!/bin/sh
+echo "$*" >>{folder}/started
+[ "$(wc -l <{folder}/started)" -gt 9 ] && exit 9
+for argument do
+    [ "$argument" = -c ] && exec {python} "$@"
+done
+exec {python} {folder}/program.py "$@"
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name != "posix", reason="a script of the shell")
 @pytest.mark.parametrize(
-    "setup", [SingleProcess.setup, functools.partial(Joblib.setup, num_workers=1)]
+    ("backend", "tasks"),
+    [("loky", "array"), ("loky", "numbers"), ("multiprocessing", "array")],
 )
-def test_in_this_process_it_is_what_the_program_has_raised(setup, expression):
-    tasks = [value(0), raising(expression)]
-    received, error = collect(setup(run, tasks), SystemExit, KeyboardInterrupt)
-    assert received == [0]
-    assert repr(error) == expression.replace("KeyboardInterrupt()", repr(error))
+def test_a_frozen_program_starts_workers_and_nothing_of_loky(
+    program, tmp_path, tasks, backend
+):
+    executable = tmp_path / "executable"
+    executable.write_text(EXECUTABLE.format(folder=tmp_path, python=sys.executable))
+    executable.chmod(0o755)
+    before = set(os.listdir("/dev/shm"))
+    process = program(FROZEN, tasks, backend)
+    assert output_of(process) == "None None\n"
+    started = tmp_path / "started"
+    lines = started.read_text().splitlines() if started.exists() else []
+    assert not any("loky" in line for line in lines)
+    workers = [line for line in lines if "--multiprocessing-fork" in line]
+    assert len(workers) == (2 if backend == "loky" else 0)
+    left = set(os.listdir("/dev/shm")) - before
+    assert not any(f"_{process.pid}_" in name for name in left)
+
+
+# ------------------------------------------------------------------------------------------------
+# task_func
+
+
+@pytest.mark.parametrize("size", [pytest.param(10, marks=pytest.mark.locally), 100_000])
+@pytest.mark.parametrize("batch_size", [1, pytest.param(5, marks=pytest.mark.locally)])
+def test_the_function_is_sent_once(remembering, size, batch_size):
+    model = by_value(Model)("x" * size)
+    for data in (model.data, "changed between two runs"):
+        model.data, pickled = data, type(model).pickled
+        results = list(remembering(model.objective, range(60), batch_size=batch_size))
+        assert type(model).pickled == pickled + 1
+        assert sorted(task for _, _, task, _ in results) == list(range(60))
+        assert {seen for *_, seen in results} == {data}
+        if remembering.keywords["backend"] != "dask":  # pickled again by each worker
+            for pid in {pid for pid, *_ in results}:
+                calls = sorted(calls for other, calls, *_ in results if other == pid)
+                assert calls == list(range(1, len(calls) + 1))
+
+
+class Unwilling:
+    def __getstate__(self):
+        return {}[self.key]
+
+    key = "stays here"
+
+    def call(self, task):
+        return task
+
+
+@pytest.mark.alike
+def test_a_function_that_cannot_be_pickled_is_named(remembering):
+    function = by_value(Unwilling)().call
+    _, error = collect(remembering(function, [1]), Exception)
+    assert type(error) is pickle.PicklingError
+    assert "task_func cannot be pickled: " in str(error)
+    assert "Unwilling" in str(error)
+    assert isinstance(error.__cause__, KeyError)
+    assert "__getstate__" in "".join(traceback.format_tb(error.__cause__.__traceback__))
+
+
+@pytest.mark.alike
+def test_a_function_that_a_worker_cannot_unpickle_is_named(pickling_setup):
+    function = by_value(CannotBeUnpickled)().call
+    _, error = collect(pickling_setup(function, [1]), pickle.UnpicklingError)
+    message = "task_func cannot be unpickled in a worker: KeyError: 'not here'"
+    assert message in str(error)
+    assert "__setstate__" in str(error.__cause__)
+
+
+@pytest.mark.alike
+@pytest.mark.once
+def test_a_task_that_a_worker_cannot_unpickle_is_named(pickling_setup):
+    tasks = [1, 2, by_value(CannotBeUnpickled)(), 3]
+    options = {"return_as": "generator", "batch_size": 2}
+    received, error = collect(pickling_setup(repr, tasks, **options), Exception)
+    assert received == ["1", "2"]
+    assert type(error) is pickle.UnpicklingError
+    assert "the task cannot be unpickled in a worker: KeyError: 'not here'" in str(
+        error
+    )
+    assert "__setstate__" in str(error.__cause__)
+    assert not HAS_NOTES or error.__notes__[0].startswith("Task 2 (counted from 0): ")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("what", ["function", "task"])
+def test_a_module_that_workers_cannot_find_is_told_of(monkeypatch, what):
+    module = types.ModuleType("only_here")
+    source = "def work(task):\n    return 1\nclass Task:\n    pass"
+    eval(compile(source, "only_here", "exec"), vars(module))
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    function, tasks = (
+        (module.work, [1]) if what == "function" else (id, [module.Task()])
+    )
+    _, error = collect(Joblib.setup(function, tasks, 2), pickle.UnpicklingError)
+    assert "No module named 'only_here'" in str(error)
+    assert "install it where the workers are" in str(error)
+    assert ("task_func" if what == "function" else "the task") in str(error)
+
+
+WRAPPED = """
+    import functools, sys
+    from yourpackage.distributed import FailedTask, Joblib
+
+    @functools.lru_cache
+    def work(task):
+        return 2 * task
+
+    if __name__ == "__main__":
+        backend, what = sys.argv[1:]
+        function, tasks = (work, range(3)) if what == "function" else (id, [work])
+        try:
+            print(sorted(Joblib.setup(function, tasks, 2, backend=backend)))
+        except Exception as error:
+            print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("what", ["function", "task"])
+def test_a_wrapped_function_of_the_program_is_told_of(program, what):
+    output = output_of(program(WRAPPED, "loky", what))
+    assert output.startswith("UnpicklingError ")
+    assert ("task_func" if what == "function" else "the task") in output
+    assert "AttributeError: " in output
+    assert "'work'" in output
+    assert "lru_cache" in output
+    assert "put it into a module" in output
+
+
+def test_what_is_done_for_each_task():
+    """Count the calls, resumptions of generators among them, in the consumer's process."""
+    calls = Counter()
+
+    def profile(frame, event, argument):
+        calls[frame.f_code.co_name] += event == "call"
+
+    count = 50_000
+    sys.setprofile(profile)
+    try:
+        collections.deque(Joblib.setup(abs, range(count), num_workers=2), maxlen=0)
+    finally:
+        sys.setprofile(None)
+    assert calls.pop("draw") <= count + 1
+    assert calls.pop("_results") <= count + 1
+    assert sum(calls.values()) < count / 2
+
+
+# ------------------------------------------------------------------------------------------------
+# num_workers and backend
+
+
+def test_all_cores_are_the_default(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    barrier = threading.Barrier(min(2, os.cpu_count()))
+    results = Joblib.setup(
+        lambda task: barrier.wait(timeout=60), range(2), backend="threading"
+    )
+    assert len(list(results)) == 2
+
+
+def test_as_many_tasks_run_at_once_as_there_are_workers(setup, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    tasks = [f"({touch(one)}, {await_path(two)})", f"({touch(two)}, {await_path(one)})"]
+    assert len(list(setup(eval, tasks))) == 2
+
+
+WHERE = "(__import__('os').getpid(), __import__('threading').get_ident())"
+
+
+def test_one_worker_is_this_process():
+    results = Joblib.setup(eval, [WHERE] * 3, num_workers=1)
+    assert set(results) == {(os.getpid(), threading.get_ident())}
+
+
+@pytest.mark.parametrize("options", [{"prefer": "threads"}, {"require": "sharedmem"}])
+def test_hints_reach_joblib(options):
+    ((process, thread),) = set(Joblib.setup(eval, [WHERE], **options))
+    assert process == os.getpid()
+    assert thread != threading.get_ident()
+
+
+def test_an_open_configuration_is_honoured():
+    backend = joblib.parallel.ThreadingBackend()
+    with joblib.parallel_config(backend=backend, n_jobs=3) as config:
+        before = (dict(config), dict(vars(backend)))
+        barrier = threading.Barrier(3)
+        results = Joblib.setup(lambda task: barrier.wait(timeout=60), range(3))
+        assert (config, vars(backend)) == before
+    assert len(list(results)) == 3  # read when it is no longer open
+    assert (config, vars(backend)) == before
+
+
+def test_an_open_configuration_gives_a_named_backend_its_options(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1, n_jobs=3):
+        results = Joblib.setup(
+            os.getenv, ["OMP_NUM_THREADS"], backend="loky", num_workers=2
+        )
+    assert list(results) == ["1"]
+
+
+def test_arguments_override_an_open_configuration():
+    with joblib.parallel_config(backend="threading", n_jobs=1):
+        ((process, _),) = set(Joblib.setup(eval, [WHERE], 2, backend="loky"))
+    assert process != os.getpid()
+
+
+def test_a_registered_name(monkeypatch):
+    monkeypatch.setitem(joblib.parallel.BACKENDS, "ours", CountingLoky)
+    CountingLoky.submitted.clear()
+    assert sorted(Joblib.setup(abs, [-1, -2], num_workers=2, backend="ours")) == [1, 2]
+    assert sum(CountingLoky.submitted) == 2
+
+
+def test_an_option_of_the_backend_itself():
+    results = Joblib.setup(abs, [-1, -2], num_workers=2, idle_worker_timeout=100)
+    assert sorted(results) == [1, 2]
+
+
+@pytest.mark.parametrize("package", ["dask", "ray"])
+def test_a_missing_engine_is_named(program, package):
+    source = """
+        import sys
+        from yourpackage.distributed import Joblib
+
+        sys.modules[sys.argv[2]] = None  # as if it were not installed
+        try:
+            Joblib.setup(abs, [1], backend=sys.argv[1])
+        except ImportError as error:
+            print(error)
+    """
+    hidden = {"dask": "distributed", "ray": "ray"}[package]
+    assert "pip install" in output_of(program(source, package, hidden))
+
+
+# ------------------------------------------------------------------------------------------------
+# Other options
+
+
+def test_results_come_as_they_complete(setup, tmp_path):
+    results = setup(eval, [await_path(tmp_path / "go", "slow"), value("quick")])
+    assert next(results) == "quick"
+    (tmp_path / "go").touch()
+    assert list(results) == ["slow"]
+
+
+def test_results_in_order(setup, tmp_path):
+    # The first to complete is not the first in order.
+    first, second = await_path(tmp_path / "go", 0), touch(tmp_path / "go", 1)
+    tasks = [first, second, *map(value, range(2, 20))]
+    assert list(setup(eval, tasks, return_as="generator", batch_size=1)) == list(
+        range(20)
+    )
+
+
+def test_sizes_of_batches():
+    CountingLoky.submitted.clear()
+    results = Joblib.setup(abs, range(400_000), num_workers=2, backend=CountingLoky())
+    assert sum(1 for _ in results) == sum(CountingLoky.submitted) == 400_000
+    assert len(CountingLoky.submitted) < 4000
+    assert max(CountingLoky.submitted) <= 8192  # joblib would go on, and take up memory
+    CountingLoky.submitted.clear()
+    results = Joblib.setup(
+        abs, range(70), num_workers=2, batch_size=7, backend=CountingLoky()
+    )
+    assert len(list(results)) == 70
+    assert max(CountingLoky.submitted) == 7
+
+
+def test_batches_of_heavy_tasks_do_not_grow(tmp_path):
+    CountingLoky.submitted.clear()
+    tasks = (numpy.zeros(125_000) for _ in range(200))  # 1 MB each
+    assert sum(Joblib.setup(numpy.sum, tasks, 2, backend=CountingLoky())) == 0
+    assert max(CountingLoky.submitted) <= 8
+
+
+def test_a_formula_that_comes_to_nothing(monkeypatch):
+    with pytest.raises(
+        ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"
+    ):
+        Joblib.setup(abs, [1], num_workers=2, pre_dispatch="n_jobs - 2")
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    workers = joblib.cpu_count()
+    results = Joblib.setup(
+        abs, [1], backend="threading", pre_dispatch=f"n_jobs - {workers}"
+    )
+    with pytest.raises(
+        ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"
+    ):
+        next(results)
+
+
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_an_initializer_prepares_each_worker(backend):
+    results = Joblib.setup(
+        os.getenv,
+        ["PREPARED"] * 9,
+        2,
+        backend=backend,
+        initializer=exec,
+        initargs=("import os; os.environ['PREPARED'] = 'yes'",),
+    )
+    assert set(results) == {"yes"}
+
+
+def test_verbose_tells_how_far_it_is(capfd):
+    list(Joblib.setup(abs, range(3), num_workers=2, verbose=11))
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].startswith("Done   3 out of   3 | ")
+
+
+def test_verbose_with_one_worker(capfd):
+    assert list(Joblib.setup(abs, [-1, -2], num_workers=1, verbose=11)) == [1, 2]
+    assert "Done   2 out of   2" in capfd.readouterr().err
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tasks=st.lists(st.integers(), max_size=40),
+    num_workers=st.sampled_from([1, 2, 3]),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "backend": st.sampled_from(
+                ["loky", "threading", "multiprocessing", "sequential"]
+            ),
+            "batch_size": st.sampled_from(["auto", 1, 3, 50]),
+            "pre_dispatch": st.sampled_from(["all", 1, 3, "n_jobs", "3 * n_jobs"]),
+            "return_as": st.sampled_from(["generator", "generator_unordered"]),
+            "timeout": st.sampled_from([None, 60, 99.5]),
+            "max_nbytes": st.sampled_from([None, "1K", 10**6]),
+        },
+    ),
+)
+def test_any_options_give_the_results_of_map(tasks, num_workers, options):
+    expected = list(map(abs, tasks))
+    results = list(Joblib.setup(abs, iter(tasks), num_workers, **options))
+    if options.get("return_as") == "generator":
+        assert results == expected
+    else:
+        assert Counter(results) == Counter(expected)
+    assert (
+        list(SingleProcess.setup(abs, iter(tasks), num_workers, **options)) == expected
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Other options: arguments that are not as said
+
+
+class Silent(joblib.parallel.ThreadingBackend):
+    supports_retrieve_callback = False
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "message"),
+    [
+        (TypeError, {"task_func": "abs"}, "task_func must be callable, got 'abs'"),
+        (TypeError, {"tasks": 5}, "tasks must be iterable, got 5"),
+        (TypeError, {"tasks": numpy.array(5)}, "tasks must be iterable, got array(5)"),
+        (ValueError, {"num_workers": 0}, "num_workers must not be 0"),
+        (
+            TypeError,
+            {"num_workers": 1.5},
+            "num_workers must be an integer or None, got 1.5",
+        ),
+        (
+            TypeError,
+            {"num_workers": "two"},
+            "num_workers must be an integer or None, got 'two'",
+        ),
+        (TypeError, {"n_jobs": 2}, "n_jobs=2 is not an option: use num_workers"),
+        (ValueError, {"backend": "lokki"}, "got 'lokki'"),
+        (ValueError, {"backend": 5}, "backend must be an instance or one of"),
+        (ValueError, {"backend": ["loky"]}, "got ['loky']"),
+        (
+            ValueError,
+            {"backend": Silent()},
+            "backend must tell when a batch has completed",
+        ),
+        (
+            ValueError,
+            {"return_as": "list"},
+            "'generator' (to have a list, use list(...)), got 'list'",
+        ),
+        (ValueError, {"return_as": None}, "return_as must be"),
+        (ValueError, {"timeout": -1}, "timeout must be a number of seconds"),
+        (ValueError, {"timeout": "1"}, "got '1'"),
+        (ValueError, {"timeout": float("nan")}, "got nan"),
+        (
+            ValueError,
+            {"batch_size": 0},
+            "batch_size must be 'auto' or a positive integer, got: 0",
+        ),
+        (ValueError, {"batch_size": "many"}, "got: 'many'"),
+        (ValueError, {"pre_dispatch": 0}, "pre_dispatch must be"),
+        (ValueError, {"pre_dispatch": "2 * n_cores"}, "got '2 * n_cores'"),
+        (ValueError, {"pre_dispatch": "2 *"}, "got '2 *'"),
+        (ValueError, {"pre_dispatch": "0 * n_jobs"}, "got '0 * n_jobs'"),
+        (ValueError, {"pre_dispatch": "-n_jobs"}, "got '-n_jobs'"),
+        (ValueError, {"pre_dispatch": "n_jobs // 0"}, "got 'n_jobs // 0'"),
+        (ValueError, {"idle_worker_timeout": "long"}, "idle_worker_timeout must be"),
+        (ValueError, {"pre_dispatch": None}, "pre_dispatch must be"),
+        (ValueError, {"mmap_mode": "x"}, "mmap_mode must be"),
+        (ValueError, {"max_nbytes": "much"}, "max_nbytes must be"),
+        (ValueError, {"max_nbytes": -1.5}, "got -1.5"),
+        (ValueError, {"pre_dispatch": "(-n_jobs) ** 0.5"}, "got '(-n_jobs) ** 0.5'"),
+        (ValueError, {"temp_folder": 5}, "temp_folder must be a path or None, got 5"),
+        (ValueError, {"verbose": "yes"}, "verbose must be a number, got 'yes'"),
+        (ValueError, {"prefer": "speed"}, "prefer=speed"),
+        (ValueError, {"require": "speed"}, "require=speed"),
+        (ValueError, {"backend": "loky", "require": "sharedmem"}, "require"),
+        (ValueError, {"prefer": "processes", "require": "sharedmem"}, "prefer"),
+        (ValueError, {"initializer": 5}, "initializer must be callable or None, got 5"),
+        (ValueError, {"initargs": 5}, "initargs must be a tuple, got 5"),
+        (
+            TypeError,
+            {"inner_max_num_threads": 1},
+            "put it into joblib.parallel_config(backend=..., inner_max_num_threads=...)",
+        ),
+        (
+            TypeError,
+            {"bacth_size": 1},
+            "option bacth_size=1: did you mean 'batch_size'?",
+        ),
+        (
+            TypeError,
+            {"nonsense": 1},
+            "nonsense=1: Expected one of 'backend', 'batch_size'",
+        ),
+        *[
+            (TypeError, {name: 1}, f"{name}=1 is not an option: use num_workers")
+            for name in ("num_worker", "workers", "max_workers", "processes")
+        ],
+        (TypeError, {"chunksize": 9}, "chunksize=9 is not an option: use batch_size"),
+        (TypeError, {"chunk_size": 9}, "chunk_size=9 is not an option: use batch_size"),
+        (
+            TypeError,
+            {"backend": "threading", "maxtasksperchild": 9},
+            "maxtasksperchild=9 is an option of worker processes of this machine",
+        ),
+        (TypeError, {"num_workers": True}, "num_workers must be an integer or None"),
+        (ValueError, {"timeout": True}, "timeout must be a number of seconds"),
+        (TypeError, {"task_func": lambda x, y: 0}, "use lambda task: f(*task)"),
+        (TypeError, {"task_func": pow}, "task_func must take one argument"),
+    ],
+)
+def test_bad_input_is_met_at_once(error, arguments, message):
+    arguments = {"task_func": abs, "tasks": [1], **arguments}
+    with pytest.raises(error, match=re.escape(message)):
+        Joblib.setup(**arguments)
+
+
+@pytest.mark.parametrize("errors", ["ignore", None])
+def test_errors_must_be_one_of_two(errors):
+    with pytest.raises(ValueError, match="^errors must be ") as caught:
+        Joblib.setup(abs, [1], errors=errors)
+    for text in ("'raise'", "'return'", repr(errors)):
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True])
+def test_maxtasksperchild_must_be_a_number_of_tasks(value):
+    with pytest.raises(ValueError, match="^maxtasksperchild must be ") as caught:
+        Joblib.setup(abs, [1], 2, maxtasksperchild=value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("formula", ["2 * n_cores"])
+def test_a_formula_with_another_name_says_so(formula):
+    with pytest.raises(ValueError, match="pre_dispatch") as caught:
+        Joblib.setup(abs, [1], 2, pre_dispatch=formula)
+    assert "n_jobs is the only name" in str(caught.value)
+    assert repr(formula) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({"max_tasks_per_child": 5}, ["maxtasksperchild"]),
+        ({"ordered": True}, ["return_as", "'generator'"]),
+        ({"unordered": True}, ["return_as", "'generator_unordered'"]),
+        ({"retries": 2}, ["errors='return'"]),
+        ({"max_retries": 2}, ["errors='return'"]),
+        ({"progress": True}, ["verbose", "tqdm"]),
+        ({"error": "return"}, ["did you mean 'errors'?"]),
+        ({"time_out": 5}, ["did you mean 'timeout'?"]),
+        ({"maxtasksperchildren": 5}, ["did you mean 'maxtasksperchild'?"]),
+        ({"batchsize": 5}, ["did you mean 'batch_size'?"]),
+    ],
+)
+def test_options_of_others_are_told_what_there_is(options, texts):
+    with pytest.raises(TypeError, match=next(iter(options))) as caught:
+        Joblib.setup(abs, [1], 2, **options)
+    for text in texts:
+        assert text in str(caught.value)
+    assert "max_nbytes'?" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["max_memory", "order"])
+def test_a_word_that_is_not_near_is_not_named(name):
+    with pytest.raises(TypeError, match=f"unknown option {name}=1") as caught:
+        Joblib.setup(abs, [1], 2, **{name: 1})
+    assert "did you mean" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# max_nbytes, mmap_mode, temp_folder
+
+
+@pytest.mark.parametrize("backend", PROCESSES)
+def test_large_arrays_are_mapped(backend, tmp_path):
+    def mapped(**options):
+        attributes = operator.attrgetter("mode", "filename")
+        ((mode, file),) = Joblib.setup(
+            attributes, [array], 2, backend=backend, **options
+        )
+        return mode, str(Path(file).parent.parent)
+
+    array = numpy.zeros(300_000)
+    folder = str(tmp_path)
+    assert mapped()[0] == "r"
+    assert mapped(temp_folder=folder) == ("r", folder)
+    assert mapped(temp_folder=folder, mmap_mode="c") == ("c", folder)
+    with pytest.raises(AttributeError, match="mode"):
+        mapped(temp_folder=folder, max_nbytes=None)
+    assert mapped(temp_folder=folder, max_nbytes="1K") == ("r", folder)
+    assert mapped()[1] != folder
+
+
+def test_what_is_large_in_a_function_lies_in_the_folder_of_the_run(processes, tmp_path):
+    model = by_value(Model)((numpy.zeros(300_000), "x" * 100_000))
+    results = processes(model.objective, range(20), temp_folder=str(tmp_path))
+    *_, (array, _) = next(results)
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.iterdir())) == 1
+    assert array.shape == (300_000,)
+    results.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def bytes_in(folder):
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def test_arrays_leave_when_they_have_been_used(processes, tmp_path):
+    arrays = (numpy.full(250_000, task) for task in range(120))
+    options = {"batch_size": 1, "temp_folder": str(tmp_path)}
+    most = count = 0
+    for result in processes(numpy.mean, arrays, **options):
+        most, count = max(most, bytes_in(tmp_path)), count + result
+    assert count == sum(range(120))
+    assert most <= 8 * 2_001_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_in_many_tasks_is_written_once(processes, tmp_path):
+    array = numpy.zeros(300_000)
+    options = {"batch_size": 1, "temp_folder": str(tmp_path)}
+    for value in (1, 2):  # changed between two runs, it is sent anew
+        array[:] = value
+        results = processes(numpy.mean, [array] * 30, **options)
+        received = [next(results) for _ in range(20)]
+        (folder,) = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) == 1
+        assert [*received, *results] == [value] * 30
+
+
+class MakesArrays:
+    """Its array is there only while it is being pickled."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def __reduce__(self):
+        return list, ((numpy.full(300_000, self.task),),)
+
+
+def test_an_array_that_is_made_to_be_pickled_arrives(processes):
+    tasks = map(MakesArrays, range(30))
+    results = processes(lambda arrays: arrays[0].mean(), tasks, batch_size=1)
+    assert sorted(results) == list(range(30))
+
+
+def test_arrays_of_the_function_are_not_those_of_tasks():
+    CountingLoky.submitted.clear()
+    data = numpy.zeros(1_000_000)
+    function = functools.partial(operator.is_, data)
+    results = Joblib.setup(function, range(20_000), 2, backend=CountingLoky())
+    assert sum(results) == 0
+    assert max(CountingLoky.submitted) > 100
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("place", "mask"), [("default", 0o000), ("given", 0o022), ("new", 0o000)]
+)
+def test_the_folder_of_a_run_is_the_users_alone(processes, tmp_path, place, mask):
+    folder = {"default": None, "given": tmp_path, "new": tmp_path / "a" / "b"}[place]
+    before = os.umask(mask)
+    try:
+        array = numpy.zeros(300_000)
+        name = operator.attrgetter("filename")
+        results = processes(name, [array] * 3, temp_folder=folder, batch_size=1)
+        file = Path(next(results))
+        assert file.is_relative_to(folder or "/")
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.parent.stat().st_mode & 0o777 == 0o700
+        results.close()
+        assert not file.parent.exists()
+    finally:
+        os.umask(before)
 
 
 FOLDERS = """
@@ -5356,330 +5028,442 @@ def test_the_array_of_another_task_is_none_of_its_own(processes):
     assert read_only_notes(error) == []
 
 
-@pytest.mark.alike
-@pytest.mark.once
-def test_a_task_that_a_worker_cannot_unpickle_is_named(pickling_setup):
-    tasks = [1, 2, by_value(CannotBeUnpickled)(), 3]
-    options = {"return_as": "generator", "batch_size": 2}
-    received, error = collect(pickling_setup(repr, tasks, **options), Exception)
-    assert received == ["1", "2"]
-    assert type(error) is pickle.UnpicklingError
-    assert "the task cannot be unpickled in a worker: KeyError: 'not here'" in str(
-        error
-    )
-    assert "__setstate__" in str(error.__cause__)
-    assert not HAS_NOTES or error.__notes__[0].startswith("Task 2 (counted from 0): ")
+# ------------------------------------------------------------------------------------------------
+# Raises: the errors of tasks
 
 
-@pytest.mark.alike
-def test_a_function_that_a_worker_cannot_unpickle_is_named(pickling_setup):
-    function = by_value(CannotBeUnpickled)().call
-    _, error = collect(pickling_setup(function, [1]), pickle.UnpicklingError)
-    message = "task_func cannot be unpickled in a worker: KeyError: 'not here'"
-    assert message in str(error)
-    assert "__setstate__" in str(error.__cause__)
+SOLVER_FAILED = """
+class SolverFailed(Exception):
+    def __init__(self, message, *, code):
+        super().__init__(message)
+        self.code = code
 
+class Doubled(Exception):
+    def __init__(self, code, more=()):
+        super().__init__(f"failed with {code}", *more)
 
-@pytest.mark.once
-@pytest.mark.parametrize("what", ["function", "task"])
-def test_a_module_that_workers_cannot_find_is_told_of(monkeypatch, what):
-    module = types.ModuleType("only_here")
-    source = "def work(task):\n    return 1\nclass Task:\n    pass"
-    eval(compile(source, "only_here", "exec"), vars(module))
-    monkeypatch.setitem(sys.modules, "only_here", module)
-    function, tasks = (
-        (module.work, [1]) if what == "function" else (id, [module.Task()])
-    )
-    _, error = collect(Joblib.setup(function, tasks, 2), pickle.UnpicklingError)
-    assert "No module named 'only_here'" in str(error)
-    assert "install it where the workers are" in str(error)
-    assert ("task_func" if what == "function" else "the task") in str(error)
+class Shy(Exception):
+    def __reduce__(self):
+        raise TypeError("stay here")
 
+class Falsy(Exception):
+    def __len__(self):
+        return 0
 
-WRAPPED = """
-    import functools, sys
-    from yourpackage.distributed import FailedTask, Joblib
+class NotFound(FileNotFoundError):
+    def __init__(self, path, code):
+        super().__init__(2, "is not there", path)
+        self.code = code
 
-    @functools.lru_cache
-    def work(task):
-        return 2 * task
+class Frozen(Exception):
+    def __init__(self, *, code):
+        super().__init__(code)
+        object.__setattr__(self, "code", code)
 
-    if __name__ == "__main__":
-        backend, what = sys.argv[1:]
-        function, tasks = (work, range(3)) if what == "function" else (id, [work])
-        try:
-            print(sorted(Joblib.setup(function, tasks, 2, backend=backend)))
-        except Exception as error:
-            print(type(error).__name__, error)
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+class Unshown(NameError):
+    @property
+    def name(self):
+        raise KeyError("name")
+
+class Locked(Exception):
+    def __init__(self, message):
+        import threading
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+def fail(error):
+    raise error
+
+def fail_deep_down(error, depth=9):
+    return fail_deep_down(error, depth - 1) if depth else fail(error)
 """
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("what", ["function", "task"])
-def test_a_wrapped_function_of_the_program_is_told_of(program, what):
-    output = output_of(program(WRAPPED, "loky", what))
-    assert output.startswith("UnpicklingError ")
-    assert ("task_func" if what == "function" else "the task") in output
-    assert "AttributeError: " in output
-    assert "'work'" in output
-    assert "lru_cache" in output
-    assert "put it into a module" in output
+def failing(expression):
+    """An expression that raises what *expression*, with the names above, evaluates to."""
+    return (
+        f"(exec({SOLVER_FAILED!r}, names := {{'__name__': '__main__'}}), "
+        f"names['fail_deep_down'](eval({expression!r}, names)))"
+    )
 
 
-BY_NAME = """
-    import collections, dataclasses, enum, functools, multiprocessing, sys, threading
-    import typing
+@pytest.mark.alike
+@pytest.mark.parametrize(
+    ("expression", "name", "arguments", "attributes"),
+    [
+        ("SolverFailed('no luck', code=3)", "SolverFailed", ("no luck",), {"code": 3}),
+        # These are packed in the worker, as the first is.
+        *(
+            pytest.param(*row, marks=pytest.mark.locally)
+            for row in [
+                ("Doubled(3)", "Doubled", ("failed with 3",), {}),
+                ("Shy(1, 2)", "Shy", (1, 2), {}),
+                ("Falsy('nothing')", "Falsy", ("nothing",), {}),
+                ("Frozen(code=4)", "Frozen", (4,), {"code": 4}),
+                ("Unshown('what')", "Unshown", ("what",), {}),
+                (
+                    "NotFound('/nowhere', 4)",
+                    "NotFound",
+                    (2, "is not there"),
+                    {"filename": "/nowhere", "errno": 2, "code": 4},
+                ),
+                (
+                    "FileNotFoundError(2, 'gone', 'x')",
+                    "FileNotFoundError",
+                    (2, "gone"),
+                    {"filename": "x"},
+                ),
+                (
+                    "ExceptionGroup('g', [KeyError(1)])",
+                    "ExceptionGroup",
+                    None,
+                    {"message": "g"},
+                ),
+            ]
+        ),
+    ],
+)
+def test_an_error_comes_home(any_setup, expression, name, arguments, attributes):
+    if name == "ExceptionGroup" and sys.version_info < (3, 11):
+        pytest.skip("a class of Python 3.11")
+    tasks = [value(1), value(2), failing(expression), value(4)]
+    received, error = collect(any_setup(eval, tasks, batch_size=3), Exception)
+    assert received == [1, 2]
+    assert type(error).__name__ == name
+    assert arguments is None or error.args == arguments
+    for attribute, expected in attributes.items():
+        assert getattr(error, attribute) == expected
+    # Of a false exception, Python itself does not show the cause.
+    shown = [str(error.__cause__), *traceback.format_tb(error.__traceback__)]
+    assert "fail_deep_down" in "".join(shown) or name == "Unshown"
+
+
+@pytest.mark.alike
+def test_an_error_that_cannot_be_sent_is_shown(pickling_setup):
+    other = pickling_setup(eval, [value(0)] * 20, batch_size=1)
+    assert next(other) == 0
+    tasks = [value(1), failing("Locked('in a hurry')")]
+    _, error = collect(pickling_setup(eval, tasks, batch_size=2), Exception)
+    assert type(error) is RuntimeError
+    assert "Locked: in a hurry" in str(error)
+    assert "fail_deep_down" in str(error.__cause__)
+    assert sum(1 for _ in other) == 19  # it is an error of its own run alone
+
+
+@pytest.mark.alike
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a class of Python 3.11")
+def test_a_group_of_errors_comes_home(any_setup):
+    members = "[SolverFailed('a', code=3), Locked('b'), KeyError(4)]"
+    _, error = collect(
+        any_setup(eval, [failing(f"ExceptionGroup('g', {members})")]), ExceptionGroup
+    )
+    assert error.message == "g"
+    names = [type(member).__name__ for member in error.exceptions]
+    in_process = any_setup is SingleProcess.setup
+    in_process = in_process or any_setup.keywords["backend"] == "threading"
+    assert names == [
+        "SolverFailed",
+        "Locked" if in_process else "RuntimeError",
+        "KeyError",
+    ]
+    assert error.exceptions[0].code == 3
+
+
+@pytest.mark.alike
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
+def test_an_error_keeps_its_notes(setup):
+    noted = "(error := KeyError(1), error.add_note('take note'), fail(error))[0]"
+    _, error = collect(setup(eval, [failing(noted)]), KeyError)
+    assert error.__notes__[0] == "take note"
+
+
+def test_threads_raise_the_error_itself():
+    error = ValueError()
+    error.__cause__ = KeyError()
+
+    def fail(task):
+        raise error
+
+    _, raised = collect(Joblib.setup(fail, [1], 2, backend="threading"), ValueError)
+    assert raised is error
+    assert type(raised.__cause__) is KeyError
+
+
+@pytest.mark.alike
+def test_a_stop_iteration_of_a_task_is_an_error(any_setup):
+    received, error = collect(any_setup(eval, [value(1), "next(iter([]))"]), Exception)
+    assert received == [1]
+    assert type(error) is RuntimeError
+    assert type(error.__cause__) is StopIteration
+
+
+def test_the_class_of_an_error_is_that_of_the_program(program):
+    source = """
+        from yourpackage.distributed import Joblib
+
+        class SolverFailed(Exception):
+            def __init__(self, message, code):
+                super().__init__(message)
+                self.code = code
+
+        def fail(task):
+            raise SolverFailed("no luck", task)
+
+        if __name__ == "__main__":
+            for backend in ("loky", "multiprocessing", "threading"):
+                try:
+                    list(Joblib.setup(fail, [3], num_workers=2, backend=backend))
+                except SolverFailed as error:
+                    print(error, error.code)
+    """
+    assert output_of(program(source)) == "no luck 3\n" * 3
+
+
+@pytest.mark.alike
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"batch_size": 7}])
+def test_an_error_tells_which_task(any_setup, options):
+    tasks = [value(number) for number in range(20)] + ["1 / 0"]
+    received, error = collect(any_setup(eval, tasks, **options), ZeroDivisionError)
+    assert received == list(range(20))
+    assert error.args == ("division by zero",)
+    assert error.__notes__ == ["Task 20 (counted from 0): '1 / 0'"]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="there are notes")
+def test_an_error_tells_which_task_without_notes(processes):
+    _, error = collect(processes(eval, [value(0), "1 / 0"]), ZeroDivisionError)
+    assert "Task 1 (counted from 0): '1 / 0'" in str(error.__cause__)
+
+
+class Shown:
+    def __init__(self, way):
+        self.way = way
+
+    def __repr__(self):
+        if self.way == "raises":
+            raise SystemExit
+        if self.way == "sleeps":
+            time.sleep(3600)
+        return "x" * 10**6
+
+
+@pytest.mark.parametrize("way", ["raises", "sleeps", "long"])
+def test_a_task_is_shown_whatever_its_repr_does(way):
+    shown = distributed._shown(Shown(way))
+    assert len(shown) <= 400
+    assert shown == "<Shown>" or way == "long"
+
+
+@pytest.mark.alike
+def test_an_error_of_a_task_has_the_traceback_of_the_worker(setup):
+    _, error = collect(setup(eval, [raising("KeyError()")]), KeyError)
+    if setup.keywords["backend"] == "threading":
+        assert error.__cause__ is None
+        assert "<genexpr>" in "".join(traceback.format_exception(error))
+    else:
+        assert "<genexpr>" in str(error.__cause__)
+
+
+def test_an_error_of_the_backend_keeps_its_traceback():
+    results = Joblib.setup(abs, range(10), num_workers=2, backend=FailingThreading())
+    _, error = collect(results, OSError)
+    assert 'raise OSError("no more")' in str(error.__cause__)
+
+
+TRACEBACKS = """
+    import dataclasses, sys, traceback
     from yourpackage.distributed import FailedTask, Joblib
 
-    if sys.argv[1:] == ["fork"]:
-        multiprocessing.set_start_method("fork")
-    lock = threading.Lock()
-    Pair = collections.namedtuple("Pair", "x y")
+    def deep_down(task):
+        raise ValueError(f"no luck with {task}")  # this very line
 
-    @dataclasses.dataclass(frozen=True)
-    class Point:
-        x: int
-
-        class Inner:
-            pass
-
-    class Colour(enum.Enum):
-        RED = 1
-
-    class Failed(Exception):
-        pass
-
-    @functools.lru_cache
-    def cached(task):
-        return task
-
-    @functools.singledispatch
-    def dispatching(task):
-        return task
-
-    def locked(task):
-        with lock:
-            return task
+    def work(task):
+        return deep_down(task)
 
     class Model:
-        lock = lock
-
-        def method(self, task):
-            with self.lock:
-                return task
-
-        @staticmethod
-        def static(task):
-            return task
-
-    def makes(task):
-        if task == 9:
-            raise Failed(Point(9))
-        kinds = [Point(task), Point.Inner(), Colour.RED, Pair(1, 2), Failed()]
-        return kinds[task]
-
-    def takes(task):
-        with lock:
-            return type(task) in (Point, Point.Inner, Colour, Pair, Failed)
+        def objective(self, task):
+            return (lambda: deep_down(task))()
 
     if __name__ == "__main__":
-        run = functools.partial(
-            Joblib.setup, num_workers=2, backend="multiprocessing", return_as="generator"
-        )
-        functions = cached, dispatching, locked, Model().method, Model.static
-        for function in functions:
-            print(list(run(function, range(3))))
-        results = list(run(makes, [*range(5), 9], errors="return"))
-        kinds = Point, Point.Inner, Colour, Pair, Failed
-        print(all(map(isinstance, results[:5], kinds)), results[2] is Colour.RED)
-        print(type(results[5].error) is Failed, results[5].error.args[0] == Point(9))
-        print(set(run(takes, results[:5])))
-        print(list(run(lambda task: cached(task), range(3))))
-        print(list(run(lambda task: isinstance(makes(task), Point), range(2))))
-"""
-
-
-@pytest.mark.once
-def test_where_workers_are_forks_all_of_the_program_travels_by_name(program):
-    output = output_of(program(BY_NAME, "fork"))
-    assert output.splitlines() == [
-        *["[0, 1, 2]"] * 5,
-        "True True",
-        "True True",
-        "{True}",
-        "[0, 1, 2]",
-        "[True, False]",
-    ]
-
-
-FROZEN = """
-    import os, stat, sys
-
-    if __name__ == "__main__":
-        # As the bootloader of PyInstaller: the executable is the program.
-        sys.frozen = True
-        sys.executable = os.path.abspath("executable")
-        import multiprocessing.spawn
-
-        multiprocessing.set_executable(sys.executable)
-        multiprocessing.spawn.freeze_support()
-
-    import numpy
-    from yourpackage.distributed import FailedTask, Joblib
-
-    def work(task):
-        return len(task) if hasattr(task, "__len__") else task
-
-    if __name__ == "__main__":
-        from joblib.externals.loky.backend import resource_tracker
-
-        if sys.argv[1] == "array":
-            tasks, expected = [numpy.zeros(300_000) for _ in range(6)], 1_800_000
-        else:
-            tasks, expected = range(6), 15
-        for _ in range(2):
-            results = Joblib.setup(work, tasks, 2, backend=sys.argv[2])
-            assert sum(results) == expected
-        tracker = resource_tracker._resource_tracker
-        print(tracker._pid, tracker._fd)
-        Joblib.shutdown()
-"""
-
-
-EXECUTABLE = """#!/bin/sh
-echo "$*" >>{folder}/started
-[ "$(wc -l <{folder}/started)" -gt 9 ] && exit 9
-for argument do
-    [ "$argument" = -c ] && exec {python} "$@"
-done
-exec {python} {folder}/program.py "$@"
-"""
-
-
-@pytest.mark.once
-@pytest.mark.skipif(os.name != "posix", reason="a script of the shell")
-@pytest.mark.parametrize(
-    ("backend", "tasks"),
-    [("loky", "array"), ("loky", "numbers"), ("multiprocessing", "array")],
-)
-def test_a_frozen_program_starts_workers_and_nothing_of_loky(
-    program, tmp_path, tasks, backend
-):
-    executable = tmp_path / "executable"
-    executable.write_text(EXECUTABLE.format(folder=tmp_path, python=sys.executable))
-    executable.chmod(0o755)
-    before = set(os.listdir("/dev/shm"))
-    process = program(FROZEN, tasks, backend)
-    assert output_of(process) == "None None\n"
-    started = tmp_path / "started"
-    lines = started.read_text().splitlines() if started.exists() else []
-    assert not any("loky" in line for line in lines)
-    workers = [line for line in lines if "--multiprocessing-fork" in line]
-    assert len(workers) == (2 if backend == "loky" else 0)
-    left = set(os.listdir("/dev/shm")) - before
-    assert not any(f"_{process.pid}_" in name for name in left)
-
-
-REFUSED = """
-    import multiprocessing, sys, threading
-    from yourpackage.distributed import FailedTask, Joblib
-
-    def refuse(self):
-        global count
-        count += 1
-        if count == int(sys.argv[2]):
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    if __name__ == "__main__":
-        start, threading.Thread.start, count = threading.Thread.start, refuse, 0
-        results = Joblib.setup(
-            abs, [-1, -2, -3, -4], 3, backend=sys.argv[1], errors=sys.argv[3]
-        )
+        functions = {"work": work, "method": Model().objective}
+        functions["lambda"] = lambda task: work(task)
+        backend, name, size, errors = sys.argv[1:]
         try:
-            print(*sorted(results))
-        except RuntimeError as error:
-            print(error)
-        threading.Thread.start = start
-        del results
-        Joblib.shutdown()
-        print(multiprocessing.active_children())
-        print(*sorted(Joblib.setup(abs, [-1, -2], 2, backend=sys.argv[1])))
+            for result in Joblib.setup(
+                functions[name],
+                range(3),
+                2,
+                backend=backend,
+                batch_size=int(size),
+                errors=errors,
+            ):
+                raise result.error
+        except ValueError as error:
+            print(error.__cause__)
 """
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    ("backend", "which", "errors"),
+    ("backend", "name", "size"),
     [
-        ("loky", 1, "raise"),
-        ("loky", 2, "return"),
-        ("loky", 4, "return"),
-        ("multiprocessing", 2, "raise"),
-        ("threading", 1, "return"),
+        ("loky", "work", 1),
+        ("loky", "method", 3),
+        ("loky", "lambda", 1),
+        ("multiprocessing", "method", 3),
     ],
 )
-def test_any_thread_that_cannot_be_started_is_an_error_at_once(
-    program, backend, which, errors
+def test_a_traceback_of_a_worker_shows_the_lines_of_the_program(
+    program, tmp_path, backend, name, size
 ):
-    output = output_of(program(REFUSED, backend, which, errors)).splitlines()
-    assert output[1:] == ["[]", "1 2"]
-    refused = "can't start new thread"
-    if which <= 3:  # that is one of those that run the tasks
-        assert output[0] == refused
-    else:
-        assert output[0] in (refused, "1 2 3 4")
+    text = output_of(program(TRACEBACKS, backend, name, size, "return"))
+    assert f'File "{tmp_path / "program.py"}", line 6, in deep_down' in text
+    assert '    raise ValueError(f"no luck with {task}")  # this very line' in text
+    assert "dynamic-code" not in text
+    for ours in ("distributed.py", "run_tasks", "joblib"):
+        assert ours not in text
+    assert text.count("  File ") == {"work": 2, "method": 3, "lambda": 3}[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["dask", "ray", "loky", "threading", "multiprocessing", "sequential"]
-)
-def test_the_name_of_an_engine_is_no_backend_and_the_hint_says_what_is(name):
-    with pytest.raises(ValueError, match=re.escape(repr(name))) as caught:
-        distributed.get_backend(name)
-    assert f"setup(..., backend={name!r})" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "texts"),
-    [
-        ({"max_tasks_per_child": 5}, ["maxtasksperchild"]),
-        ({"ordered": True}, ["return_as", "'generator'"]),
-        ({"unordered": True}, ["return_as", "'generator_unordered'"]),
-        ({"retries": 2}, ["errors='return'"]),
-        ({"max_retries": 2}, ["errors='return'"]),
-        ({"progress": True}, ["verbose", "tqdm"]),
-        ({"error": "return"}, ["did you mean 'errors'?"]),
-        ({"time_out": 5}, ["did you mean 'timeout'?"]),
-        ({"maxtasksperchildren": 5}, ["did you mean 'maxtasksperchild'?"]),
-        ({"batchsize": 5}, ["did you mean 'batch_size'?"]),
-    ],
-)
-def test_options_of_others_are_told_what_there_is(options, texts):
-    with pytest.raises(TypeError, match=next(iter(options))) as caught:
-        Joblib.setup(abs, [1], 2, **options)
-    for text in texts:
-        assert text in str(caught.value)
-    assert "max_nbytes'?" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["max_memory", "order"])
-def test_a_word_that_is_not_near_is_not_named(name):
-    with pytest.raises(TypeError, match=f"unknown option {name}=1") as caught:
-        Joblib.setup(abs, [1], 2, **{name: 1})
-    assert "did you mean" not in str(caught.value)
-
-
-@pytest.mark.parametrize("formula", ["2 * n_cores"])
-def test_a_formula_with_another_name_says_so(formula):
-    with pytest.raises(ValueError, match="pre_dispatch") as caught:
-        Joblib.setup(abs, [1], 2, pre_dispatch=formula)
-    assert "n_jobs is the only name" in str(caught.value)
-    assert repr(formula) in str(caught.value)
+# Whatever cannot be pickled or unpickled, too.
+@pytest.mark.parametrize("what", ["task to unpickle", "result to pickle"])
+def test_a_traceback_has_no_frames_of_this_module(processes, what):
+    _, error = collect(processes(run, [PICKLING[what][0]]), Exception)
+    text = str(error.__cause__)
+    for ours in ("distributed.py", "dynamic-code", "in load\n", "in reply\n"):
+        assert ours not in text
 
 
 # ------------------------------------------------------------------------------------------------
-# Clusters: nothing is lost with a worker, and nothing is left
+# Dask and Ray, beside the tests above that take them
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_workers_have_neither_the_module_nor_the_folder(request, name):
+    setup = start(request, name)
+    tasks = ["[*__import__('sys').path, __import__('os').getcwd()]"] * 2
+    for path in itertools.chain(*setup(eval, tasks)):
+        assert not Path(path, FILE.name).exists()
+        assert Path(path) != FILE.parent
+
+
+@pytest.mark.engines
+def test_dask_without_a_client(program):
+    pytest.importorskip("dask.distributed")
+    source = """
+        from yourpackage.distributed import Joblib
+
+        try:
+            Joblib.setup(abs, [1], backend="dask")
+        except ValueError as error:
+            print(error)
+    """
+    assert "client = Client" in output_of(program(source))
+
+
+@pytest.mark.engines
+def test_dask_client_that_closes(tmp_path):
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path) as client:
+        results = Joblib.setup(
+            eval, [value(1), *[await_path(tmp_path / "go")] * 9], backend="dask"
+        )
+        assert next(results) == 1
+        client.close()
+        (tmp_path / "go").touch()
+        _, error = collect(results, BaseException)
+        assert error is not None
+
+
+@pytest.mark.engines
+def test_dask_cluster_of_one_core(tmp_path):
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path, n_workers=1):
+        (process,) = set(Joblib.setup(eval, [PID] * 4, backend="dask"))
+    assert process != os.getpid()
+
+
+@pytest.mark.engines
+def test_dask_cluster_without_a_worker(tmp_path):
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path, n_workers=0):
+        with joblib.parallel_config(backend="dask", wait_for_workers_timeout=0):
+            results = Joblib.setup(abs, [1])
+        with pytest.raises(RuntimeError, match="no active worker"):
+            next(results)
+
+
+@pytest.mark.engines
+def test_dask_options_of_an_open_configuration(dask, tmp_path):
+    address, array = dask.scheduler.address, numpy.ones(1000)
+    with joblib.parallel_config(
+        backend="dask", scheduler_host=address, scatter=[array]
+    ) as config:
+        results = Joblib.setup(numpy.sum, [array] * 4, backend="dask")
+    assert list(results) == [1000] * 4
+    config["backend"].client.close()
+    with dask_client(tmp_path, n_workers=0):
+        with joblib.parallel_config(backend="dask", wait_for_workers_timeout=1):
+            results = Joblib.setup(abs, [1])
+        with pytest.raises(TimeoutError, match="no worker after 1 seconds"):
+            next(results)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("way", ["argument", "configuration"])
+def test_ray_options(ray, way):
+    options = {"ray_remote_args": {"runtime_env": {"env_vars": {"VARIABLE": "value"}}}}
+    if way == "argument":
+        results = Joblib.setup(os.getenv, ["VARIABLE"], 2, backend="ray", **options)
+    else:
+        importlib.import_module("ray.util.joblib").register_ray()
+        with joblib.parallel_config(backend="ray", **options):
+            results = Joblib.setup(os.getenv, ["VARIABLE"], 2)
+    assert list(results) == ["value"]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["dask", "ray"])
+@pytest.mark.parametrize("option", [{"initializer": print}])
+def test_an_initializer_is_for_processes_of_this_machine(request, name, option):
+    setup = start(request, name)
+    with pytest.raises(TypeError, match="processes of this machine") as caught:
+        setup(abs, [1], **option)
+    assert next(iter(option)) in str(caught.value)
+
+
+class Buffered:
+    """A model with a buffer, which no two threads may fill at the same time."""
+
+    def __init__(self):
+        self.buffer = [0] * 1000
+
+    def simulate(self, task):
+        import time
+
+        self.buffer[:] = [task] * 1000
+        time.sleep(0.001)  # another thread's turn
+        return task == self.buffer[0]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_threads_of_a_worker_do_not_share_the_function(request, tmp_path, name):
+    model = by_value(Buffered)()
+    if name == "ray":
+        setup = start(request, name)
+        options = {"ray_remote_args": {"max_concurrency": 2}}
+        assert set(setup(model.simulate, range(400), **options)) == {True}
+        return
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path, n_workers=1, threads=2):
+        results = Joblib.setup(model.simulate, range(400), backend="dask")
+        assert set(results) == {True}
 
 
 class Cluster:
@@ -5736,24 +5520,21 @@ def cluster(tmp_path_factory, monkeypatch):
         yield cluster
 
 
-class Marking:
-    """A model of any size. Its tasks tell where they are, and may have to wait."""
+@pytest.mark.engines
+def test_runs_at_the_same_time_do_not_mix_up_their_functions(cluster):
+    cluster.add(2, threads=2)
+    model = by_value(Model)
 
-    def __init__(self, folder, size=0):
-        self.folder = str(folder)
-        self.data = "x" * size
+    def read(name):
+        run = Joblib.setup(
+            model(name).objective, range(60), backend="dask", batch_size=1
+        )
+        return sorted((task, data) for _, _, task, data in run)
 
-    def number(self, array):
-        import pathlib
-
-        pathlib.Path(self.folder, str(os.getpid())).touch()
-        while not pathlib.Path(self.folder, "go").exists():
-            time.sleep(0.01)
-        return int(array[0])
-
-
-def marked(folder):
-    return {int(path.name) for path in folder.iterdir() if path.name != "go"}
+    names = ["a", "b" * 5_000, "c" * 100_000]
+    with ThreadPoolExecutor(3) as threads:
+        for name, results in zip(names, threads.map(read, names), strict=True):
+            assert results == [(number, name) for number in range(60)]
 
 
 @pytest.mark.engines
@@ -5768,83 +5549,6 @@ def test_all_workers_of_dask_have_the_function_before_there_are_tasks(dask):
         return ["function-" in keys for keys in held] == [True, True]
 
     wait_until(have_it)  # Dask may have dropped a copy meanwhile
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("size", [5_000])
-@pytest.mark.parametrize("return_as", ["generator"])
-def test_a_dask_worker_that_is_killed_takes_no_task_with_it(
-    cluster, tmp_path, size, return_as
-):
-    cluster.add(2)
-
-    def tasks():
-        for number in range(40):
-            if number == 5:
-                wait_until(lambda: len(marked(tmp_path)) == 2)
-                cluster.lose(min(marked(tmp_path)))
-                (tmp_path / "go").touch()
-            yield numpy.full(1000, number)
-
-    model = by_value(Marking)(tmp_path, size)
-    results = Joblib.setup(
-        model.number, tasks(), backend="dask", pre_dispatch=6, return_as=return_as
-    )
-    assert sorted(results) == list(range(40))
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("size", [5_000])
-def test_the_function_survives_the_last_dask_worker(cluster, tmp_path, size):
-    cluster.add(1)
-
-    def exchange():
-        wait_until(lambda: marked(tmp_path))
-        (first,) = marked(tmp_path)
-        cluster.lose(first)
-        (tmp_path / "go").touch()
-        cluster.add(1)
-        return first
-
-    arrays = [numpy.full(1000, number) for number in range(40)]
-    model = by_value(Marking)(tmp_path, size)
-    with ThreadPoolExecutor(1) as thread:  # as the consumer waits in one next()
-        first = thread.submit(exchange)
-        results = Joblib.setup(model.number, arrays, backend="dask")
-        assert sorted(results) == list(range(40))
-        assert len(marked(tmp_path) - {first.result()}) == 1
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("errors", ["return"])
-def test_a_timeout_holds_when_all_dask_workers_are_gone(cluster, tmp_path, errors):
-    cluster.add(1)
-
-    def tasks():
-        yield value(0)
-        for number in itertools.count(1):
-            if number == 2:
-                wait_until((tmp_path / "here").exists)
-                cluster.lose(cluster.processes[0].pid)
-            yield f"({touch(tmp_path / 'here')}, {await_path(tmp_path / 'go')})"
-
-    results = Joblib.setup(
-        eval,
-        tasks(),
-        backend="dask",
-        timeout=2,
-        batch_size=1,
-        pre_dispatch=3,
-        errors=errors,
-    )
-    received, error = collect(results, Exception)
-    assert received in ([0], [])
-    assert isinstance(error, TimeoutError)
-    assert "2 seconds" in str(error)
-    wait_until(lambda: not keys_of_runs(cluster.client))
-    (tmp_path / "go").touch()
-    cluster.add(1)
-    assert sorted(Joblib.setup(abs, range(9), backend="dask")) == list(range(9))
 
 
 @pytest.mark.engines
@@ -5918,6 +5622,278 @@ def test_what_was_scattered_goes_with_tasks_that_fail(dask):
     assert set(failed) == {1, 4}
     assert all(failed[number].task is tasks[number] for number in failed)
     assert [r for r in results if isinstance(r, int)] == [1, 6, 1, 1]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("what", ["function", "task"])
+def test_what_is_large_gives_no_warning_on_dask(dask, what):
+    before = __import__("dask").config.get(
+        "distributed.admin.large-graph-warning-threshold"
+    )
+    large = "x" * 20_000_000
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if what == "function":
+            model = by_value(Model)(large)
+            results = Joblib.setup(model.objective, range(8), backend="dask")
+            assert sorted(task for _, _, task, _ in results) == list(range(8))
+        elif what == "task":
+            results = Joblib.setup(len, [large] * 4, backend="dask")
+            assert list(results) == [20_000_000] * 4
+        else:
+            results = Joblib.setup(eval, ["'x' * 20_000_000"] * 4, backend="dask")
+            assert list(map(len, results)) == [20_000_000] * 4
+    assert [str(warning.message) for warning in caught] == []
+    after = __import__("dask").config.get(
+        "distributed.admin.large-graph-warning-threshold"
+    )
+    assert after == before
+
+
+@pytest.mark.engines
+def test_runs_in_threads_leave_the_configuration_of_dask_as_it_was(dask):
+    config = importlib.import_module("dask").config
+    name = "distributed.admin.large-graph-warning-threshold"
+    before = config.get(name)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            runs = [
+                threads.submit(
+                    lambda: sum(
+                        Joblib.setup(abs, [1] * 60, backend="dask", batch_size=1)
+                    )
+                )
+                for _ in range(4)
+            ]
+            assert [run.result() for run in runs] == [60] * 4
+        assert config.get(name) == before
+    finally:
+        config.set({name: before})
+
+
+@pytest.mark.engines
+def test_dask_worker_that_dies(tmp_path):
+    distributed = pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path, allowed_failures=1):
+        tasks = [value(1), value(2), KILL, *map(value, range(20))]
+        _, error = collect(Joblib.setup(eval, tasks, backend="dask"), Exception)
+        assert type(error) is distributed.KilledWorker
+        assert sorted(Joblib.setup(abs, range(10), backend="dask")) == list(range(10))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
+def test_dask_worker_that_dies_once_costs_nothing(dask, tmp_path, return_as):
+    died = tmp_path / "died"
+    tasks = list(map(value, range(40)))
+    tasks[5] = (
+        f"5 if __import__('os').path.exists({str(died)!r}) else ({touch(died)}, {KILL})"
+    )
+    results = Joblib.setup(eval, tasks, backend="dask", return_as=return_as)
+    assert sorted(results) == list(range(40))
+    assert died.exists()
+
+
+class Marking:
+    """A model of any size. Its tasks tell where they are, and may have to wait."""
+
+    def __init__(self, folder, size=0):
+        self.folder = str(folder)
+        self.data = "x" * size
+
+    def number(self, array):
+        import pathlib
+
+        pathlib.Path(self.folder, str(os.getpid())).touch()
+        while not pathlib.Path(self.folder, "go").exists():
+            time.sleep(0.01)
+        return int(array[0])
+
+
+def marked(folder):
+    return {int(path.name) for path in folder.iterdir() if path.name != "go"}
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("size", [5_000])
+@pytest.mark.parametrize("return_as", ["generator"])
+def test_a_dask_worker_that_is_killed_takes_no_task_with_it(
+    cluster, tmp_path, size, return_as
+):
+    cluster.add(2)
+
+    def tasks():
+        for number in range(40):
+            if number == 5:
+                wait_until(lambda: len(marked(tmp_path)) == 2)
+                cluster.lose(min(marked(tmp_path)))
+                (tmp_path / "go").touch()
+            yield numpy.full(1000, number)
+
+    model = by_value(Marking)(tmp_path, size)
+    results = Joblib.setup(
+        model.number, tasks(), backend="dask", pre_dispatch=6, return_as=return_as
+    )
+    assert sorted(results) == list(range(40))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("size", [5_000])
+def test_the_function_survives_the_last_dask_worker(cluster, tmp_path, size):
+    cluster.add(1)
+
+    def exchange():
+        wait_until(lambda: marked(tmp_path))
+        (first,) = marked(tmp_path)
+        cluster.lose(first)
+        (tmp_path / "go").touch()
+        cluster.add(1)
+        return first
+
+    arrays = [numpy.full(1000, number) for number in range(40)]
+    model = by_value(Marking)(tmp_path, size)
+    with ThreadPoolExecutor(1) as thread:  # as the consumer waits in one next()
+        first = thread.submit(exchange)
+        results = Joblib.setup(model.number, arrays, backend="dask")
+        assert sorted(results) == list(range(40))
+        assert len(marked(tmp_path) - {first.result()}) == 1
+
+
+@pytest.mark.engines
+def test_ray_worker_that_dies(ray):
+    tasks = [value(1), value(2), KILL, *map(value, range(20))]
+    _, error = collect(
+        Joblib.setup(eval, tasks, num_workers=2, backend="ray"), Exception
+    )
+    assert isinstance(error, ray.exceptions.RayActorError)
+    results = Joblib.setup(abs, range(10), num_workers=2, backend="ray")
+    assert sorted(results) == list(range(10))
+
+
+@pytest.fixture(params=["dask", "ray"])
+def losing(request):
+    """`Joblib.setup` on a cluster that takes the death of a worker as an error."""
+    if request.param == "ray":
+        yield start(request, "ray")
+        return
+    pytest.importorskip("dask.distributed")
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("losing")
+    with dask_client(folder, allowed_failures=0):
+        yield functools.partial(Joblib.setup, backend="dask")
+
+
+def is_of_a_lost_worker(error):
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return "KilledWorker" in names or "RayActorError" in names
+
+
+@pytest.mark.engines
+def test_a_batch_whose_worker_is_killed_costs_itself_alone(losing):
+    """Whatever else the worker had been given may be lost with it."""
+    tasks = [*map(value, range(200))]
+    tasks[12] = KILL
+    results = losing(eval, tasks, batch_size=4, errors="return", pre_dispatch=4)
+    received, error = collect(results, Exception)
+    numbers, done = numbers_of(received)
+    if "num_workers" in losing.keywords:  # Ray, which does not replace an actor
+        assert is_of_a_lost_worker(error)
+        assert set(done) <= set(range(200)) - {12}
+        return
+    assert error is None
+    assert sorted([*done, *numbers]) == list(range(200))
+    assert {12, 13, 14, 15} <= set(numbers)
+    assert len(numbers) <= 16  # those of four batches
+    assert all(is_of_a_lost_worker(item.error) for item in received if item in numbers)
+
+
+def notes(error):
+    return "\n".join(getattr(error, "__notes__", []))
+
+
+needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="no notes")
+
+
+@pytest.mark.engines
+@needs_notes
+def test_a_cluster_that_loses_a_worker_tells_which_tasks_were_in_the_batch(losing):
+    tasks = [value(0), value(1), KILL, value(3), value(4)]
+    tasks = itertools.chain(tasks, itertools.repeat(value(5)))
+    options = {"batch_size": 5, "pre_dispatch": 1}
+    _, error = collect(losing(eval, tasks, **options), Exception)
+    assert is_of_a_lost_worker(error)
+    assert "One of tasks 0 to 4 (counted from 0), of which the first is: '0'" in notes(
+        error
+    )
+
+
+def is_of_a_run(key):
+    return str(key).startswith(("batch-", "function-"))
+
+
+def keys_of_runs(client):
+    """Return the keys of runs that the client, a worker or the scheduler has."""
+    held = [*client.futures]
+    if client.ncores():  # or Dask would wait for a worker
+        get = client.run(lambda dask_worker: list(dask_worker.data))
+        held += itertools.chain(*get.values())
+    held += client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
+    return [key for key in held if is_of_a_run(key)]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("errors", ["return"])
+def test_a_timeout_holds_when_all_dask_workers_are_gone(cluster, tmp_path, errors):
+    cluster.add(1)
+
+    def tasks():
+        yield value(0)
+        for number in itertools.count(1):
+            if number == 2:
+                wait_until((tmp_path / "here").exists)
+                cluster.lose(cluster.processes[0].pid)
+            yield f"({touch(tmp_path / 'here')}, {await_path(tmp_path / 'go')})"
+
+    results = Joblib.setup(
+        eval,
+        tasks(),
+        backend="dask",
+        timeout=2,
+        batch_size=1,
+        pre_dispatch=3,
+        errors=errors,
+    )
+    received, error = collect(results, Exception)
+    assert received in ([0], [])
+    assert isinstance(error, TimeoutError)
+    assert "2 seconds" in str(error)
+    wait_until(lambda: not keys_of_runs(cluster.client))
+    (tmp_path / "go").touch()
+    cluster.add(1)
+    assert sorted(Joblib.setup(abs, range(9), backend="dask")) == list(range(9))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["dask", "ray"])
+@pytest.mark.parametrize("return_as", ["generator"])
+def test_a_timeout_names_the_tasks_of_the_batch(request, tmp_path, name, return_as):
+    setup = start(request, name)
+    stuck = await_path(tmp_path / "go")
+    tasks = itertools.chain(map(value, range(4)), itertools.repeat(stuck))
+    results = setup(
+        eval,
+        tasks,
+        batch_size=4,
+        timeout=3 if name == "ray" else 1,  # which needs a part of it to start
+        pre_dispatch=1,
+        return_as=return_as,
+    )
+    received, error = collect(results, Exception)
+    (tmp_path / "go").touch()
+    assert received == list(range(4))
+    assert isinstance(error, TimeoutError)
+    shown = f"{error}\n{notes(error)}"
+    assert "4 are out" in shown
+    assert "tasks 4 to 7" in shown
 
 
 @pytest.mark.engines
@@ -6018,18 +5994,75 @@ def test_a_formula_that_comes_to_none_for_a_moment_costs_no_result(cluster):
     results.close()
 
 
-def is_of_a_run(key):
-    return str(key).startswith(("batch-", "function-"))
+@pytest.fixture
+def module(monkeypatch, tmp_path, request):
+    """A module that is on the path of this process alone; returns the module."""
+
+    def make():
+        name = f"only_here_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(
+            textwrap.dedent(
+                """
+                def twice(task):
+                    return 2 * task
+
+                class Number:
+                    def __init__(self, number):
+                        self.number = number
+
+                    def __index__(self):
+                        return self.number
+                """
+            )
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        module = importlib.import_module(name)
+        request.addfinalizer(functools.partial(sys.modules.pop, name))
+        return module
+
+    return make
 
 
-def keys_of_runs(client):
-    """Return the keys of runs that the client, a worker or the scheduler has."""
-    held = [*client.futures]
-    if client.ncores():  # or Dask would wait for a worker
-        get = client.run(lambda dask_worker: list(dask_worker.data))
-        held += itertools.chain(*get.values())
-    held += client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
-    return [key for key in held if is_of_a_run(key)]
+@pytest.mark.engines
+@pytest.mark.parametrize("errors", ["return"])
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_a_function_of_a_module_that_workers_lack_is_named(
+    request, module, name, errors
+):
+    setup = start(request, name)  # before the folder is on the path
+    module = module()
+    received, error = collect(setup(module.twice, range(9), errors=errors), Exception)
+    assert received == []
+    assert type(error) is pickle.UnpicklingError
+    assert re.search("task_func cannot be unpickled in a worker", str(error))
+    assert module.__name__ in str(error)
+    assert "register_pickle_by_value" in str(error)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("batch_size", [4])
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_a_task_of_a_module_that_workers_lack_is_named(
+    request, module, name, batch_size
+):
+    setup = start(request, name)
+    module = module()
+    tasks = [*range(6), module.Number(6), *range(7, 10)]
+    setup = functools.partial(setup, return_as="generator", batch_size=batch_size)
+    received, error = collect(setup(hex, tasks), Exception)
+    assert received == [hex(number) for number in range(6)]
+    assert type(error) is pickle.UnpicklingError
+    assert module.__name__ in str(error)
+    assert "register_pickle_by_value" in str(error)
+    if HAS_NOTES:
+        assert "Task 6 " in error.__notes__[0]
+    results = list(setup(hex, tasks, errors="return"))
+    assert isinstance(results[6], distributed.FailedTask)
+    assert results[6].number == 6
+    assert results[6].task is tasks[6]
+    assert module.__name__ in str(results[6].error)
+    del results[6]
+    assert results == [hex(number) for number in range(10) if number != 6]
 
 
 def waiting(client):
@@ -6042,18 +6075,9 @@ def waiting(client):
     return [c for c in client.sync(coroutines) if c.cr_code.co_filename in files]
 
 
-BIG = "bytes(3_000_000)"
-
-
 def broken_off(setup, folder):
     for _ in setup([BIG] * 50):
         break
-
-
-def closed(setup, folder):
-    results = setup(itertools.repeat(BIG))
-    next(results)
-    results.close()
 
 
 def in_a_cycle(setup, folder):
@@ -6157,229 +6181,260 @@ def test_a_run_that_is_left_after_ray_was_shut_down_starts_no_other(program):
     assert "Traceback" not in errors
 
 
-@pytest.fixture
-def module(monkeypatch, tmp_path, request):
-    """A module that is on the path of this process alone; returns the module."""
-
-    def make():
-        name = f"only_here_{tmp_path.name}"
-        (tmp_path / f"{name}.py").write_text(
-            textwrap.dedent(
-                """
-                def twice(task):
-                    return 2 * task
-
-                class Number:
-                    def __init__(self, number):
-                        self.number = number
-
-                    def __index__(self):
-                        return self.number
-                """
-            )
-        )
-        monkeypatch.syspath_prepend(tmp_path)
-        module = importlib.import_module(name)
-        request.addfinalizer(functools.partial(sys.modules.pop, name))
-        return module
-
-    return make
+# ------------------------------------------------------------------------------------------------
+# The README
 
 
-@pytest.mark.engines
-@pytest.mark.parametrize("errors", ["return"])
-@pytest.mark.parametrize("name", ["dask", "ray"])
-def test_a_function_of_a_module_that_workers_lack_is_named(
-    request, module, name, errors
-):
-    setup = start(request, name)  # before the folder is on the path
-    module = module()
-    received, error = collect(setup(module.twice, range(9), errors=errors), Exception)
-    assert received == []
-    assert type(error) is pickle.UnpicklingError
-    assert re.search("task_func cannot be unpickled in a worker", str(error))
-    assert module.__name__ in str(error)
-    assert "register_pickle_by_value" in str(error)
+PEERS = ["plain_joblib", "executor", "pool", "pebble_map", "this_module"]
 
 
-@pytest.mark.engines
-@pytest.mark.parametrize("batch_size", [4])
-@pytest.mark.parametrize("name", ["dask", "ray"])
-def test_a_task_of_a_module_that_workers_lack_is_named(
-    request, module, name, batch_size
-):
-    setup = start(request, name)
-    module = module()
-    tasks = [*range(6), module.Number(6), *range(7, 10)]
-    setup = functools.partial(setup, return_as="generator", batch_size=batch_size)
-    received, error = collect(setup(hex, tasks), Exception)
-    assert received == [hex(number) for number in range(6)]
-    assert type(error) is pickle.UnpicklingError
-    assert module.__name__ in str(error)
-    assert "register_pickle_by_value" in str(error)
-    if HAS_NOTES:
-        assert "Task 6 " in error.__notes__[0]
-    results = list(setup(hex, tasks, errors="return"))
-    assert isinstance(results[6], distributed.FailedTask)
-    assert results[6].number == 6
-    assert results[6].task is tasks[6]
-    assert module.__name__ in str(results[6].error)
-    del results[6]
-    assert results == [hex(number) for number in range(10) if number != 6]
+SITUATIONS = {
+    "two tasks that kill their workers": "death",
+    "two tasks that hang, with a time limit": "hang",
+    "the results of one run are the tasks of another": "chain",
+    "another run fails meanwhile": "neighbour",
+    "a reader slower than the workers": "slow_reader",
+    "a source that fails after 10 tasks": "failing_source",
+    "a loop left by `break`": "left_loop",
+    "a method of a model, for 40 tasks one by one": "model",
+    "40 arrays made one by one, read slowly": "arrays",
+}
 
 
-def notes(error):
-    return "\n".join(getattr(error, "__notes__", []))
+def cells_of_readme():
+    for line in README.read_text().splitlines():
+        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if title in SITUATIONS:
+            for peer, cell in zip(PEERS, cells, strict=True):
+                yield SITUATIONS[title], peer, cell
 
 
-needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="no notes")
+def test_all_situations_are_compared():
+    assert len(list(cells_of_readme())) == len(SITUATIONS) * len(PEERS)
 
 
-@pytest.fixture(params=["dask", "ray"])
-def losing(request):
-    """`Joblib.setup` on a cluster that takes the death of a worker as an error."""
-    if request.param == "ray":
-        yield start(request, "ray")
-        return
-    pytest.importorskip("dask.distributed")
-    folder = request.getfixturevalue("tmp_path_factory").mktemp("losing")
-    with dask_client(folder, allowed_failures=0):
-        yield functools.partial(Joblib.setup, backend="dask")
+COMPARED = """
+    import contextlib, itertools, multiprocessing, os, pathlib, sys, tempfile, time, warnings, weakref
+    from concurrent.futures import ProcessPoolExecutor
+    import joblib
+    import numpy
+    from yourpackage.distributed import Joblib
 
+    def plain_joblib(function, tasks, **options):
+        parallel = joblib.Parallel(n_jobs=2, return_as="generator_unordered", **options)
+        return parallel(joblib.delayed(function)(task) for task in tasks)
 
-def is_of_a_lost_worker(error):
-    names = [kind.__name__ for kind in type(error).__mro__]
-    return "KilledWorker" in names or "RayActorError" in names
+    def executor(function, tasks, batch_size=1, pre_dispatch=None):
+        workers = stack.enter_context(ProcessPoolExecutor(2))
+        return workers.map(function, tasks, chunksize=batch_size)
 
+    def pool(function, tasks, batch_size=1, pre_dispatch=None):
+        workers = stack.enter_context(multiprocessing.Pool(2))
+        return workers.imap_unordered(function, tasks, chunksize=batch_size)
 
-@pytest.mark.engines
-@needs_notes
-def test_a_cluster_that_loses_a_worker_tells_which_tasks_were_in_the_batch(losing):
-    tasks = [value(0), value(1), KILL, value(3), value(4)]
-    tasks = itertools.chain(tasks, itertools.repeat(value(5)))
-    options = {"batch_size": 5, "pre_dispatch": 1}
-    _, error = collect(losing(eval, tasks, **options), Exception)
-    assert is_of_a_lost_worker(error)
-    assert "One of tasks 0 to 4 (counted from 0), of which the first is: '0'" in notes(
-        error
-    )
+    def pebble_map(function, tasks, batch_size=1, pre_dispatch=None, timeout=None):
+        pebble = __import__("pebble")
+        workers = stack.enter_context(pebble.ProcessPool(2))
+        stack.callback(workers.stop)
+        return workers.map(function, tasks, chunksize=batch_size, timeout=timeout).result()
 
+    def this_module(function, tasks, **options):
+        return Joblib.setup(function, tasks, num_workers=2, **options)
 
-@pytest.mark.engines
-@pytest.mark.parametrize("name", ["dask", "ray"])
-@pytest.mark.parametrize("return_as", ["generator"])
-def test_a_timeout_names_the_tasks_of_the_batch(request, tmp_path, name, return_as):
-    setup = start(request, name)
-    stuck = await_path(tmp_path / "go")
-    tasks = itertools.chain(map(value, range(4)), itertools.repeat(stuck))
-    results = setup(
-        eval,
-        tasks,
-        batch_size=4,
-        timeout=3 if name == "ray" else 1,  # which needs a part of it to start
-        pre_dispatch=1,
-        return_as=return_as,
-    )
-    received, error = collect(results, Exception)
-    (tmp_path / "go").touch()
-    assert received == list(range(4))
-    assert isinstance(error, TimeoutError)
-    shown = f"{error}\n{notes(error)}"
-    assert "4 are out" in shown
-    assert "tasks 4 to 7" in shown
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("name", ["dask", "ray"])
-@pytest.mark.parametrize("option", [{"initializer": print}])
-def test_an_initializer_is_for_processes_of_this_machine(request, name, option):
-    setup = start(request, name)
-    with pytest.raises(TypeError, match="processes of this machine") as caught:
-        setup(abs, [1], **option)
-    assert next(iter(option)) in str(caught.value)
-
-
-@pytest.mark.engines
-def test_a_batch_whose_worker_is_killed_costs_itself_alone(losing):
-    """Whatever else the worker had been given may be lost with it."""
-    tasks = [*map(value, range(200))]
-    tasks[12] = KILL
-    results = losing(eval, tasks, batch_size=4, errors="return", pre_dispatch=4)
-    received, error = collect(results, Exception)
-    numbers, done = numbers_of(received)
-    if "num_workers" in losing.keywords:  # Ray, which does not replace an actor
-        assert is_of_a_lost_worker(error)
-        assert set(done) <= set(range(200)) - {12}
-        return
-    assert error is None
-    assert sorted([*done, *numbers]) == list(range(200))
-    assert {12, 13, 14, 15} <= set(numbers)
-    assert len(numbers) <= 16  # those of four batches
-    assert all(is_of_a_lost_worker(item.error) for item in received if item in numbers)
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("what", ["function", "task"])
-def test_what_is_large_gives_no_warning_on_dask(dask, what):
-    before = __import__("dask").config.get(
-        "distributed.admin.large-graph-warning-threshold"
-    )
-    large = "x" * 20_000_000
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if what == "function":
-            model = by_value(Model)(large)
-            results = Joblib.setup(model.objective, range(8), backend="dask")
-            assert sorted(task for _, _, task, _ in results) == list(range(8))
-        elif what == "task":
-            results = Joblib.setup(len, [large] * 4, backend="dask")
-            assert list(results) == [20_000_000] * 4
+    def survivors(function, limit):
+        # 10 tasks, of which two fail in a way of their own.
+        options = {"timeout": limit, "batch_size": 1}
+        if sys.argv[2] == "this_module":
+            options["errors"] = "return"
+        if sys.argv[2] == "executor":
+            workers = stack.enter_context(ProcessPoolExecutor(2))
+            results = workers.map(function, range(10), timeout=limit)
+        elif sys.argv[2] == "pool":
+            workers = stack.enter_context(multiprocessing.Pool(2))
+            unlimited = workers.imap_unordered(function, range(10))
+            results = iter(lambda: unlimited.next(limit), None)
         else:
-            results = Joblib.setup(eval, ["'x' * 20_000_000"] * 4, backend="dask")
-            assert list(map(len, results)) == [20_000_000] * 4
-    assert [str(warning.message) for warning in caught] == []
-    after = __import__("dask").config.get(
-        "distributed.admin.large-graph-warning-threshold"
-    )
-    assert after == before
+            results = run(function, range(10), **options)
+        received, failed = [], 0
+        while failed < 3 and len(received) + failed < 10:
+            try:
+                result = next(results)
+                is_failed = type(result).__name__ == "FailedTask"
+                failed += is_failed
+                received += [] if is_failed else [result]
+            except StopIteration:
+                break
+            except Exception:
+                failed += 1
+        return "costs these tasks" if len(received) == 8 else "ends the run"
+
+    def death():
+        return survivors(die, None)
+
+    def die(task):
+        time.sleep(0.1)
+        return os._exit(1) if task in (4, 5) else task
+
+    def hang():
+        return survivors(sleep_long, 1.5)
+
+    def sleep_long(task):
+        time.sleep(3600 if task in (4, 5) else 0.1)
+        return task
+
+    def chain():
+        return "works" if len(list(run(str, run(abs, range(200))))) == 200 else "fails"
+
+    def neighbour():
+        results = run(touch, range(200))
+        next(results)
+        with contextlib.suppress(ZeroDivisionError):
+            list(run(reciprocal, [0]))
+        return "works" if len(list(results)) == 199 else "fails"
+
+    def reciprocal(task):
+        return 1 / task
+
+    def slow_reader():
+        drawn = 0
+        def tasks():
+            nonlocal drawn
+            for drawn in range(1, 20_001):
+                yield drawn
+        results = run(abs, tasks())
+        for _ in range(5):
+            next(results)
+            time.sleep(0.2)
+        return "draws a few tasks ahead" if drawn < 100 else "draws all tasks"
+
+    def failing_source():
+        def tasks():
+            yield from range(10)
+            raise LookupError
+        received = []
+        with contextlib.suppress(LookupError):
+            received.extend(run(abs, tasks()))
+        return {10: "all 10 results first", 0: "no result"}.get(len(received), "loses results")
+
+    def left_loop():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            # Not about a thread of numpy's that is just ending when Python forks.
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
+            for _ in run(touch, range(1000)):
+                break
+        if caught:
+            return "warns"
+        count = len(list(folder.iterdir()))
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            if len(list(folder.iterdir())) > count + 10:
+                return "goes on in the background"
+        return "stops, silently"
+
+    def touch(task):
+        time.sleep(0.01)
+        (folder / str(task)).touch()
+
+    class Model:
+        def __getstate__(self):
+            return {"something": "large"}
+
+        def __setstate__(self, state):
+            descriptor, _ = tempfile.mkstemp(dir="folder")
+            os.close(descriptor)
+
+        def objective(self, task):
+            return task
+
+    def model():
+        assert len(list(run(Model().objective, range(40), batch_size=1))) == 40
+        count = len(list(folder.iterdir()))
+        return "unpickled once a worker" if count <= 2 else f"unpickled {count} times"
+
+    def arrays():
+        alive = weakref.WeakValueDictionary()
+        def tasks():
+            for task in range(40):
+                array = alive[task] = numpy.full(250_000, task)
+                yield array
+                del array
+        os.environ["JOBLIB_TEMP_FOLDER"] = str(folder.resolve())
+        most = 0
+        for _ in run(numpy.sum, tasks(), batch_size=1):
+            time.sleep(0.03)
+            files = sum(path.is_file() for path in folder.rglob("*"))
+            most = max(most, files, len(alive))
+        return "many are kept" if most > 12 else "a few are kept"
+
+    folder = pathlib.Path("folder")
+    if __name__ == "__main__":
+        folder.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            run = globals()[sys.argv[2]]
+            try:
+                print(globals()[sys.argv[1]](), flush=True)
+            except Exception as error:
+                print(type(error).__name__, flush=True)
+"""
 
 
-@pytest.mark.engines
-def test_runs_in_threads_leave_the_configuration_of_dask_as_it_was(dask):
-    config = importlib.import_module("dask").config
-    name = "distributed.admin.large-graph-warning-threshold"
-    before = config.get(name)
+@pytest.mark.readme
+@pytest.mark.parametrize(("situation", "peer", "expected"), list(cells_of_readme()))
+def test_what_the_readme_says_of_others(
+    program, tmp_path, monkeypatch, situation, peer, expected
+):
+    # A pgrep that finds no process: this machine may have none.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pgrep").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "pgrep").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    process = program(COMPARED, situation, peer, warnings="default")
     try:
-        with ThreadPoolExecutor(4) as threads:
-            runs = [
-                threads.submit(
-                    lambda: sum(
-                        Joblib.setup(abs, [1] * 60, backend="dask", batch_size=1)
-                    )
-                )
-                for _ in range(4)
-            ]
-            assert [run.result() for run in runs] == [60] * 4
-        assert config.get(name) == before
-    finally:
-        config.set({name: before})
+        output, errors = process.communicate(timeout=5 if "hang" in expected else None)
+        output = output.strip()
+    except subprocess.TimeoutExpired:
+        output = "hangs"
+        # Its workers, too, which would wait for it for long.
+        os.killpg(process.pid, signal.SIGKILL)
+    possible = {
+        "may lose results": ("loses results", "all 10 results first"),
+        "may hang": ("hangs", "works"),
+        "may keep many": ("many are kept", "a few are kept"),
+    }
+    assert output in possible.get(expected, (expected,)), errors
+    assert peer != "this_module" or errors == ""
+
+
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", README.read_text(), re.DOTALL
+)
+
+
+def uses_a_cluster(source):
+    return "dask" in source
+
+
+@pytest.mark.readme
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [example for example in EXAMPLES if not uses_a_cluster(example[0])],
+)
+def test_examples(program, source, output):
+    assert output_of(program(source)) == output
 
 
 @pytest.mark.engines
-def test_runs_at_the_same_time_do_not_mix_up_their_functions(cluster):
-    cluster.add(2, threads=2)
-    model = by_value(Model)
-
-    def read(name):
-        run = Joblib.setup(
-            model(name).objective, range(60), backend="dask", batch_size=1
-        )
-        return sorted((task, data) for _, _, task, data in run)
-
-    names = ["a", "b" * 5_000, "c" * 100_000]
-    with ThreadPoolExecutor(3) as threads:
-        for name, results in zip(names, threads.map(read, names), strict=True):
-            assert results == [(number, name) for number in range(60)]
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [example for example in EXAMPLES if uses_a_cluster(example[0])],
+)
+def test_examples_of_clusters(program, source, output):
+    pytest.importorskip("dask.distributed")
+    process = program(source, warnings="default")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert printed.endswith(output)  # Dask logs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6548,14 +6603,14 @@ def soak(seed, count, folder):
         wait_until(lambda: multiprocessing.active_children() == [])
         wait_until(lambda: threading.active_count() == 1)
         shutil.rmtree(own)
-        files = files or len(os.listdir("/proc/self/fd")) + 4  # what starts once
+        files = files or descriptors() + 4  # what starts once
         wait_until(functools.partial(has_few_files, files))
     print("clean", flush=True)
 
 
 def has_few_files(most):
     gc.collect()
-    return len(os.listdir("/proc/self/fd")) <= most
+    return descriptors() <= most
 
 
 def soaked(folder, seed, count, environment=None):
