@@ -65,11 +65,15 @@ distributed = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = distributed
 spec.loader.exec_module(distributed)
 Joblib, SingleProcess = distributed.Joblib, distributed.SingleProcess
+FailedTask = distributed.FailedTask
 
 # A shell that starts the tests in the background may have them ignore signals, and what they
 # start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+HAS_NOTES = sys.version_info >= (3, 11)
+needs_notes = pytest.mark.skipif(not HAS_NOTES, reason="of Python 3.11")
 
 pytestmark = [
     # CPython's advice, on each fork of multiprocessing, to a process that has threads.
@@ -117,6 +121,9 @@ def block(folder):
 
 KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 EXIT = "__import__('os')._exit(7)"
+EXIT_IN_PEACE = EXIT.replace("7", "0")
+LOCK = "__import__('_thread').allocate_lock()"
+BAD_RESULT = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
 PID = "__import__('os').getpid()"
 
 
@@ -185,23 +192,8 @@ def by_value(cls):
     return names[cls.__name__]
 
 
-BAD_RESULT = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
-
-
-FailedTask = distributed.FailedTask
-
-
-HAS_NOTES = sys.version_info >= (3, 11)
-
-
 # A function that takes expressions, and other tasks as they are; it travels by value.
 run = lambda task: eval(task, {}) if isinstance(task, str) else repr(task)
-
-
-LOCK = "__import__('_thread').allocate_lock()"
-
-
-EXIT_IN_PEACE = EXIT.replace("7", "0")
 
 
 def exiting(error):
@@ -257,6 +249,9 @@ PICKLING = {
     "result to pickle": (LOCK, pickle.PicklingError),
     "result to unpickle": (BAD_RESULT, pickle.UnpicklingError),
 }
+each_fault = pytest.mark.parametrize(
+    "bad", [fault for fault, _ in PICKLING.values()], ids=PICKLING
+)
 
 
 def meet(folder, here, there):
@@ -269,17 +264,6 @@ def meeting(folder, name):
     folder = Path(folder, name)
     folder.mkdir()
     return [meet(folder, "one", "two"), meet(folder, "two", "one")]
-
-
-FAULTY = {
-    "a task that cannot be pickled": threading.Lock(),
-    "a task that cannot be unpickled": eval(BAD_RESULT),
-    "a result that cannot be pickled": LOCK,
-    "a result that cannot be unpickled": BAD_RESULT,
-}
-
-
-each_fault = pytest.mark.parametrize("bad", FAULTY.values(), ids=FAULTY)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2424,10 +2408,7 @@ def test_a_run_that_is_left_stops_though_others_go_on(processes, tmp_path):
     assert [*received, *other] == [0, 1]
 
 
-FAULTS = [KILL, "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [KILL, BAD_RESULT])
 def test_the_fault_of_a_run_is_its_own(processes, fault):
     resting = processes(abs, range(100), batch_size=1)
     next(resting)
@@ -2552,20 +2533,14 @@ def test_workers_that_an_array_has_prepared_are_kept():
     assert pids_of(**options) == pids
 
 
-def workers_of_loky():
-    return {
-        child.pid for child in multiprocessing.active_children() if "Loky" in child.name
-    }
-
-
 def test_an_error_that_leaves_nothing_out_leaves_the_workers():
     assert len(list(Joblib.setup(abs, range(9), num_workers=2))) == 9
-    workers = workers_of_loky()
+    workers = workers_now()
     assert workers
     _, error = collect(Joblib.setup(eval, ["1 / 0"], num_workers=2), ZeroDivisionError)
     assert error is not None
     assert list(Joblib.setup(abs, [], num_workers=2)) == []
-    assert workers <= workers_of_loky()
+    assert workers <= workers_now()
 
 
 @pytest.mark.parametrize("change", ["environment", "directory", "path"])
@@ -2851,7 +2826,7 @@ def test_a_task_that_the_consumer_changes_arrives_as_it_was_drawn(
 # No hang: workers that die
 
 
-@pytest.mark.parametrize("death", [KILL, EXIT, EXIT.replace("7", "0")])
+@pytest.mark.parametrize("death", [KILL, EXIT, EXIT_IN_PEACE])
 def test_a_worker_that_dies_is_an_error(processes, death, capfd):
     tasks = [value(1), death, *map(value, range(20))]
     received, error = collect(processes(eval, tasks), Exception)
@@ -3292,7 +3267,7 @@ def test_what_cannot_be_sent_costs_no_worker_and_no_other_result(
     options = {"batch_size": 3, "pre_dispatch": 2, "errors": "return"}
     options["return_as"] = return_as
     results = list(processes(eval, tasks, **options))
-    failed = {r.number for r in results if isinstance(r, distributed.FailedTask)}
+    failed = {r.number for r in results if isinstance(r, FailedTask)}
     assert failed == {1, 4, 8, 11}
     assert results.count(1) == 4
     pids = Counter(r for r in results if isinstance(r, int) and r != 1)
@@ -5127,7 +5102,7 @@ def failing(expression):
     ],
 )
 def test_an_error_comes_home(any_setup, expression, name, arguments, attributes):
-    if name == "ExceptionGroup" and sys.version_info < (3, 11):
+    if name == "ExceptionGroup" and not HAS_NOTES:
         pytest.skip("a class of Python 3.11")
     tasks = [value(1), value(2), failing(expression), value(4)]
     received, error = collect(any_setup(eval, tasks, batch_size=3), Exception)
@@ -5154,7 +5129,7 @@ def test_an_error_that_cannot_be_sent_is_shown(pickling_setup):
 
 
 @pytest.mark.alike
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="a class of Python 3.11")
+@needs_notes
 def test_a_group_of_errors_comes_home(any_setup):
     members = "[SolverFailed('a', code=3), Locked('b'), KeyError(4)]"
     _, error = collect(
@@ -5173,7 +5148,7 @@ def test_a_group_of_errors_comes_home(any_setup):
 
 
 @pytest.mark.alike
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
+@needs_notes
 def test_an_error_keeps_its_notes(setup):
     noted = "(error := KeyError(1), error.add_note('take note'), fail(error))[0]"
     _, error = collect(setup(eval, [failing(noted)]), KeyError)
@@ -5223,7 +5198,7 @@ def test_the_class_of_an_error_is_that_of_the_program(program):
 
 
 @pytest.mark.alike
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
+@needs_notes
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"batch_size": 7}])
 def test_an_error_tells_which_task(any_setup, options):
     tasks = [value(number) for number in range(20)] + ["1 / 0"]
@@ -5233,7 +5208,7 @@ def test_an_error_tells_which_task(any_setup, options):
     assert error.__notes__ == ["Task 20 (counted from 0): '1 / 0'"]
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 11), reason="there are notes")
+@pytest.mark.skipif(HAS_NOTES, reason="there are notes")
 def test_an_error_tells_which_task_without_notes(processes):
     _, error = collect(processes(eval, [value(0), "1 / 0"]), ZeroDivisionError)
     assert "Task 1 (counted from 0): '1 / 0'" in str(error.__cause__)
@@ -5618,7 +5593,7 @@ def test_what_was_scattered_goes_with_tasks_that_fail(dask):
                 errors="return",
             )
         )
-    failed = {r.number: r for r in results if isinstance(r, distributed.FailedTask)}
+    failed = {r.number: r for r in results if isinstance(r, FailedTask)}
     assert set(failed) == {1, 4}
     assert all(failed[number].task is tasks[number] for number in failed)
     assert [r for r in results if isinstance(r, int)] == [1, 6, 1, 1]
@@ -5806,13 +5781,6 @@ def test_a_batch_whose_worker_is_killed_costs_itself_alone(losing):
     assert all(is_of_a_lost_worker(item.error) for item in received if item in numbers)
 
 
-def notes(error):
-    return "\n".join(getattr(error, "__notes__", []))
-
-
-needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="no notes")
-
-
 @pytest.mark.engines
 @needs_notes
 def test_a_cluster_that_loses_a_worker_tells_which_tasks_were_in_the_batch(losing):
@@ -5821,8 +5789,9 @@ def test_a_cluster_that_loses_a_worker_tells_which_tasks_were_in_the_batch(losin
     options = {"batch_size": 5, "pre_dispatch": 1}
     _, error = collect(losing(eval, tasks, **options), Exception)
     assert is_of_a_lost_worker(error)
-    assert "One of tasks 0 to 4 (counted from 0), of which the first is: '0'" in notes(
-        error
+    assert (
+        "One of tasks 0 to 4 (counted from 0), of which the first is: '0'"
+        in "\n".join(notes_of(error))
     )
 
 
@@ -5883,7 +5852,7 @@ def test_a_timeout_names_the_tasks_of_the_batch(request, tmp_path, name, return_
         eval,
         tasks,
         batch_size=4,
-        timeout=3 if name == "ray" else 1,  # which needs a part of it to start
+        timeout=3,  # of which Ray needs a part to start
         pre_dispatch=1,
         return_as=return_as,
     )
@@ -5891,7 +5860,7 @@ def test_a_timeout_names_the_tasks_of_the_batch(request, tmp_path, name, return_
     (tmp_path / "go").touch()
     assert received == list(range(4))
     assert isinstance(error, TimeoutError)
-    shown = f"{error}\n{notes(error)}"
+    shown = f"{error}\n{notes_of(error)}"
     assert "4 are out" in shown
     assert "tasks 4 to 7" in shown
 
@@ -6057,7 +6026,7 @@ def test_a_task_of_a_module_that_workers_lack_is_named(
     if HAS_NOTES:
         assert "Task 6 " in error.__notes__[0]
     results = list(setup(hex, tasks, errors="return"))
-    assert isinstance(results[6], distributed.FailedTask)
+    assert isinstance(results[6], FailedTask)
     assert results[6].number == 6
     assert results[6].task is tasks[6]
     assert module.__name__ in str(results[6].error)
@@ -6535,7 +6504,7 @@ class Episode:
         error = None
         try:
             for result in results:
-                if isinstance(result, distributed.FailedTask):
+                if isinstance(result, FailedTask):
                     failed.append(result.number)
                 else:
                     received.append(result)
