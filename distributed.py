@@ -63,6 +63,8 @@ import reprlib
 import select
 import shutil
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -863,8 +865,8 @@ def _register_ray() -> None:
 # That is all of it: one loop, in the thread that calls next(). It draws tasks until as
 # many batches are out as *pre_dispatch* says, waits for a report, hands out its
 # results, and draws again. So runs are lazy, bounded, composable and lossless by
-# construction. All that a thread of an engine ever does is to put an outcome into the
-# inbox of the run, which cannot block or fail.
+# construction. All that a thread of an engine ever does to a run is to put an outcome
+# into its inbox, which cannot block or fail.
 #
 # joblib's Parallel resolves what a user has configured, and enters and leaves its
 # backend; all but Dask are sent batches by `submit`, as with joblib.
@@ -951,6 +953,8 @@ def _task_note(number: int, task: Any) -> str:
 
 def _batch_note(first: int, tasks: list[Any]) -> str:
     """Say which tasks it was, or one of them."""
+    if not tasks:
+        return f"It had done all that it had, up to task {first - 1} (counted from 0)"
     if len(tasks) == 1:
         return _task_note(first, tasks[0])
     return (
@@ -985,10 +989,16 @@ def _shown(value: Any) -> str:
             texts.append(short.repr(value)[:400])
 
     thread = threading.Thread(target=show, daemon=True)  # as it may take for ever
-    with contextlib.suppress(RuntimeError):  # no thread can be started
-        thread.start()
-        thread.join(timeout=1)
+    if type(value) not in _slow_to_show:
+        with contextlib.suppress(RuntimeError):  # no thread can be started
+            thread.start()
+            thread.join(timeout=1)
+            if thread.is_alive() and type(value).__module__ != "builtins":
+                _slow_to_show.add(type(value))
     return texts[-1]
+
+
+_slow_to_show: weakref.WeakSet[Any] = weakref.WeakSet()  # types; not waited for again
 
 
 class _Inbox:
@@ -1009,18 +1019,20 @@ class _Inbox:
         """Report an error that ends the run, of no batch that is known."""
         self.put((None, _Failure(error, ends_run=True)))
 
-    def take(self, timeout: float) -> tuple[int | None, Any]:
+    def take(self, timeout: float) -> tuple[int | None, Any] | None:
         """Return the number of the next batch, or None, and what has become of it.
 
-        Raise `queue.Empty` after *timeout* seconds.
+        Return None if one has come whose turn it is not. Raise `queue.Empty` after
+        *timeout* seconds.
         """
-        deadline = time.monotonic() + timeout
-        while self.next_number not in self.early:
-            number, outcome = self._wait_until(deadline)
+        if self.next_number not in self.early:
+            number, outcome = self._wait_until(time.monotonic() + timeout)
             again = isinstance(outcome, _Outcome) and outcome.is_unreadable()
             if number is None or again or not self.ordered:
                 return number, outcome
             self.early[number] = outcome
+            if number != self.next_number:
+                return None
         self.next_number += 1
         return self.next_number - 1, self.early.pop(self.next_number - 1)
 
@@ -1040,9 +1052,11 @@ class _Inbox:
 class _Progress:
     """What *verbose* prints, about as often as joblib does."""
 
-    def __init__(self, verbose: float, total: int | None) -> None:
+    def __init__(self, verbose: float, tasks: Any) -> None:
         self.verbose = verbose
-        self.total = total
+        self.total: int | None = None
+        with contextlib.suppress(Exception):
+            self.total = len(tasks)
         self.done = 0
         self.start = time.monotonic()
 
@@ -1131,9 +1145,7 @@ class _Run:
         self.engine = _engine_like(backend)
         self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.engine, **options)
         self.lifetime = _Lifetime(self)
-        self.total: int | None = None
-        with contextlib.suppress(TypeError, OverflowError):
-            self.total = len(tasks)
+        self.given_tasks = tasks
         self.tasks_error: BaseException | None = None
         self.is_exhausted = False
         self.progress: _Progress | None = None
@@ -1150,7 +1162,8 @@ class _Run:
         """Start the engine. Return False if this process is to run the tasks."""
         engine, parallel = self.engine, self.parallel
         if parallel.verbose:
-            self.progress = _Progress(parallel.verbose, self.total)
+            self.progress = _Progress(parallel.verbose, self.given_tasks)
+        del self.given_tasks
         self.lifetime.begin()
         with self.lifetime.at_work():
             workers = int(engine.effective_n_jobs(parallel.n_jobs))
@@ -1257,7 +1270,11 @@ class _Run:
         return error
 
     def wait(self) -> tuple[int | None, Any] | None:
-        """Return the next report, or None if it is time to look at the engine."""
+        """Return the next report, or None if it is not there yet.
+
+        Then it is time to look at the engine, or to wait anew.
+        """
+        self.engine.give_way()
         now = time.monotonic()
         if self.waiting_since is None:
             self.waiting_since = now
@@ -1267,6 +1284,7 @@ class _Run:
             report = self.inbox.take(min(left, self.engine.look_again))
         except queue.Empty:
             if left > self.engine.look_again:
+                self.engine.check()
                 return None
             raise self.timeout_error() from None
         self.waiting_since = None
@@ -1369,7 +1387,8 @@ def _results(run: _Run) -> Generator[Any, None, None]:
 # started has ended. When the interpreter exits, runs that nobody will read to the end
 # are ended: those that were last read in the main thread, in one that has ended, or in
 # a daemon thread. Then all pools of workers are stopped. There are two hooks: of
-# atexit, before those of Dask and Ray; and of multiprocessing, for its child processes.
+# atexit, which comes before those of Dask and Ray if these were imported before the
+# first run; and of multiprocessing, for its child processes.
 
 
 class _Lifetime:
@@ -1558,7 +1577,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # Private names of Python and joblib that this file uses, and what for. Looked at in
-# Python 3.10 to 3.14 and joblib 1.5.0 to 1.6.0. Without one of them no run of processes
+# Python 3.10 to 3.14 and joblib 1.5.0 to 1.6.0. Without one of them no run that needs it
 # starts.
 _PRIVATE_NAMES = {
     # multiprocessing.process
@@ -1568,6 +1587,8 @@ _PRIVATE_NAMES = {
     "_get_temp_dir": "to put files where joblib would",
     # joblib.parallel.ParallelBackendBase
     "_prepare_worker_env": "to limit the threads of libraries in workers",
+    # joblib.parallel.ThreadingBackend
+    "_pool": "to share no threads with others",
 }
 
 
@@ -1603,7 +1624,8 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
 
     def separate_from(self, original: Any) -> None:
         """Give up what must not be shared with *original*, of which this is a copy."""
-        if getattr(original, "_pool", None) is not None:  # somebody else's threads
+        if isinstance(self, joblib.parallel.ThreadingBackend):
+            _private(self, "_pool")  # maybe somebody else's threads
             self._pool = None
         if hasattr(self, "reset_batch_stats"):
             self.reset_batch_stats()  # those of another run
@@ -1615,6 +1637,12 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     def has_changed(self) -> bool:
         """Tell whether there are more workers than there were, or fewer."""
         return False
+
+    def check(self) -> None:
+        """Raise an error if no report will ever come."""
+
+    def give_way(self) -> None:
+        """Get ready to wait, where that could keep tasks from running."""
 
     def prepare(self, run: _Run) -> None:
         """Get ready for the batches of a run."""
@@ -1861,7 +1889,7 @@ class _Remote(_Engine):
             if first + index not in failures:
                 try:
                     results[index] = pickle.loads(data)
-                except Exception as error:
+                except (Exception, SystemExit, GeneratorExit) as error:
                     message = f"the result cannot be unpickled: {_WORKER.told(error)}"
                     failure = pickle.UnpicklingError(message)
                     failure.__cause__ = _without_first_frame(error)
@@ -1873,9 +1901,10 @@ class _Remote(_Engine):
     def unpacked(self, error: Any, note: str, batch: _Batch) -> BaseException:
         unpacked = super().unpacked(error, note, batch)
         has_arrays = self.files is not None and (batch.arrays or self.files.of_function)
-        text = f"{unpacked} {unpacked.__cause__}"
-        if has_arrays and re.search("(array|buffer|destination).* read-only", text):
-            return cast(BaseException, _as_raised(unpacked, _READ_ONLY))
+        with contextlib.suppress(Exception):  # as its own methods may fail
+            text = f"{unpacked} {unpacked.__cause__}"
+            if has_arrays and re.search("(array|buffer|destination).* read-only", text):
+                return cast(BaseException, _as_raised(unpacked, _READ_ONLY))
         return unpacked
 
 
@@ -1906,13 +1935,14 @@ class _Dask(_Remote):
     are calls, and so is the function: Dask makes it again if it is lost.
     """
 
-    look_again = 3
+    look_again = 2
     next_look: float = 0
 
     def separate_from(self, original: Any) -> None:
         super().separate_from(original)
         self.futures: set[Any] = set()  # of batches that are out
         self.function: Any = None
+        self.threads: list[int] = []  # how many all workers have, once that is known
 
     def effective_n_jobs(self, n_jobs: int) -> int:
         # With one worker tasks would run in this process, not on the cluster. With
@@ -1921,14 +1951,43 @@ class _Dask(_Remote):
         return workers and max(workers, 2)
 
     def has_changed(self) -> bool:
-        if time.monotonic() < self.next_look:
-            return False
-        self.next_look = time.monotonic() + self.look_again
-        before, self.workers = self.workers, max(2, sum(self.client.ncores().values()))
+        if time.monotonic() >= self.next_look:
+            self.next_look = time.monotonic() + self.look_again
+            # To wait for the answer could be to wait for ever.
+            self.client.loop.add_callback(_count_on_dask, self.client, self.threads)
+        before = self.workers
+        if self.threads:
+            self.workers = max(2, self.threads[0])
         if self.workers == before:
             return False
         self.hand_out_function()
         return True
+
+    def check(self) -> None:
+        if self.client.status in ("closing", "closed"):
+            raise RuntimeError("the client of Dask has been closed")
+
+    def give_way(self) -> None:
+        if self in _seceded.runs:
+            return
+        if not _seceded.is_out:
+            # That fails if it is no thread of a task, or the task has done it itself.
+            with contextlib.suppress(Exception):
+                importlib.import_module("dask.distributed").secede()
+                _seceded.is_out = True
+        _seceded.runs.add(self)
+
+    @contextlib.contextmanager
+    def retrieval_context(self) -> Iterator[None]:
+        # That of joblib fails for the second run that a task has open, and does not
+        # come back from one that is left.
+        try:
+            yield
+        finally:
+            _seceded.runs.discard(self)
+            if _seceded.is_out and not _seceded.runs:
+                _seceded.is_out = False
+                importlib.import_module("dask.distributed").rejoin()
 
     def start_call(self) -> None:
         self.next_look = time.monotonic() + self.look_again
@@ -1966,7 +2025,7 @@ class _Dask(_Remote):
         call = functools.partial(
             self.call, batch.number, apply, self.function, arguments
         )
-        state = self.is_handed_out, self.futures, self.over
+        state = self.function, self.is_handed_out, self.futures, self.over
         self.client.loop.add_callback(_run_on_dask, self.client, call, *state, report)
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
@@ -1975,6 +2034,15 @@ class _Dask(_Remote):
             self.client.cancel([*self.futures, *filter(None, [self.function])])
 
 
+class _Seceded(threading.local):
+    """Of a thread of a Dask worker: runs that its task has open, and waits for."""
+
+    def __init__(self) -> None:
+        self.runs: weakref.WeakSet[_Dask] = weakref.WeakSet()
+        self.is_out = False  # of the pool of threads: the worker has started another
+
+
+_seceded = _Seceded()
 _configuring_dask = threading.Lock()
 
 
@@ -1989,6 +2057,12 @@ def _call_on_dask(client: Any, options: Any, number: int, *call: Any) -> Any:
     limit = {"distributed.admin.large-graph-warning-threshold": "1TB"}
     with _configuring_dask, config.set(limit):
         return client.submit(*call, key=f"{name}-{uuid.uuid4().hex}", **options)
+
+
+async def _count_on_dask(client: Any, threads: list[int]) -> None:
+    """Look how many threads all workers have: on the event loop of the client."""
+    with contextlib.suppress(Exception):  # the client has been closed, say
+        threads[:] = [sum((await client.ncores()).values())]
 
 
 async def _hand_out_on_dask(client: Any, function: Any, done: asyncio.Event) -> None:
@@ -2008,6 +2082,7 @@ async def _hand_out_on_dask(client: Any, function: Any, done: asyncio.Event) -> 
 async def _run_on_dask(
     client: Any,
     call: Any,
+    function: Any,
     is_handed_out: asyncio.Event,
     futures: set[Any],
     over: threading.Event,
@@ -2026,7 +2101,9 @@ async def _run_on_dask(
             reply = await client.gather(future, asynchronous=True)
             report(_Outcome([reply]))
     except BaseException as error:
-        report(_Failure(error))
+        # Without the function, no other batch could be run, either.
+        is_lost = function.status in ("cancelled", "error", "lost")
+        report(_Failure(error, ends_run=is_lost))
     futures.discard(future)
 
 
@@ -2306,12 +2383,9 @@ class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
         # compared: those workers serve one run.
         with contextlib.suppress(Exception):
             prepared = super(_Processes, self).pickler()(prepared)  # arrays, too
-            environment = dict(os.environ)
-            environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
-            surroundings = environment, os.getcwd(), list(sys.path)
             reducers = self.files.result_reducers
             options = self.workers, self.most_tasks, env, reducers
-            key = prepared, surroundings, options
+            key = _surroundings(), prepared, options
         # Loky starts an executable as if it were Python, which begins the program anew.
         context = (
             multiprocessing.get_context("spawn")
@@ -2322,6 +2396,13 @@ class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
             context, prepared, self.files.result_reducers, env, self.most_tasks
         )
         return _take_pool(key) or _Pool(key, self.workers, recipe)
+
+
+def _surroundings() -> Any:
+    """Return what a worker that is started now finds, and another run may not want."""
+    environment = dict(os.environ)
+    environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
+    return environment, os.getcwd(), list(sys.path)
 
 
 class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # type: ignore[misc]
@@ -2365,9 +2446,10 @@ def _code_with_its_file(code: types.CodeType) -> Any:
 #   | unpickle results <--|- inbox <-| receive replies <---|----------|   and send     |
 #   +---------------------+          +---------------------+          +----------------+
 #
-# A worker has one connection, which its attendant alone reads and writes, in turn: so
-# nothing can deadlock, whatever the size of messages. Attendants move bytes. All of a
-# pool take jobs from one queue, which balances by itself, and workers go on while the
+# A worker has one connection, which in the program its attendant alone reads and writes,
+# in turn: so nothing can deadlock, whatever the size of messages. In the worker, a
+# thread tells meanwhile of what is done of a batch, if there is a limit of time, and
+# that a task is over it (see Signs). Attendants move bytes. All of a pool take jobs from one queue, which balances by itself, and workers go on while the
 # consumer is elsewhere. It is known which worker has which batch: its death is the
 # failure of that batch alone, and so is a task that takes too long; the attendant
 # starts another worker for the next job.
@@ -2411,16 +2493,17 @@ class _Function:
     def __init__(self, engine: Any, payload: bytes) -> None:
         nested = engine.get_nested_backend()
         nested = nested if isinstance(nested, tuple) else (nested, None)
-        limit, self.slack = engine.limit, 0.0
+        limit, self.slack, watch = engine.limit, 0.0, None
         if limit is not None:
             self.slack = max(limit / 10, 0.05)  # seconds between two signs of life
-        head = engine.dump((*nested, engine.returns_errors, self.slack or None))
+            watch = self.slack, limit
+        head = engine.dump((*nested, engine.returns_errors, watch))
         size = len(head).to_bytes(8, "big")
         self.message = b"".join((_FUNCTION, size, head, payload))
         self.limit = math.inf if limit is None else limit
         self.patience = max(self.limit, _START_PATIENCE)  # for a worker to start
         self.returns_errors = engine.returns_errors
-        self.ends_at = math.inf  # the number of a batch whose failure ends the run
+        self.last_number = math.inf  # of a batch: its failure ends the run
         self.is_over = False  # its run has ended: idle workers are to forget it
 
 
@@ -2442,14 +2525,14 @@ class _Job:
 
     def __reduce__(self) -> Any:  # for backends of others, which may wrap it
         state = _PicklesAs(importlib.import_module, _WORKER_MODULE)
-        return functools.partial, (_PicklesAs(getattr, state, "answer"), self.message)
+        return functools.partial, (_PicklesAs(getattr, state, "answer"), [self.message])
 
 
 class _Worker:
     """A worker process, and one after another in its place; for its attendant.
 
-    But for `is_stopped`, what starts a process before there is a thread, and what those
-    who stop a pool look at: `process`, `is_ready` and `failure`.
+    Other threads only look at `process`, `is_ready` and `failure`, and set
+    `is_stopped`; the consumer's launches what is started before there are attendants.
     """
 
     def __init__(self, recipe: _Recipe) -> None:
@@ -2459,6 +2542,7 @@ class _Worker:
         self.connection: Any = None
         self.poller: Any = None
         self.has_begun = threading.Event()  # a process: it is in the right directory
+        self.surroundings: Any = None  # that the process was started in
         self.is_ready = False
         self.is_stopped = False
         self.function: Any = None  # that the process has
@@ -2479,6 +2563,9 @@ class _Worker:
                 self.process.start()
             finally:
                 theirs.close()
+            self.surroundings = None
+            with contextlib.suppress(Exception):  # the directory is gone, say
+                self.surroundings = _surroundings()
             if hasattr(select, "poll"):
                 self.poller = select.poll()
                 self.poller.register(self.connection, select.POLLIN)
@@ -2511,6 +2598,7 @@ class _Worker:
                 return self.failure
             if self.function is not job.function:
                 self.function, self.is_ready = None, False
+                self.limit_sends(job.function)
                 self.connection.send_bytes(job.function.message)
                 reply = self.receive(job.function.patience)
                 self.is_ready = True
@@ -2519,17 +2607,33 @@ class _Worker:
                 self.function = job.function
             self.connection.send_bytes(job.message)
             self.done += job.size
-            # In a batch, time counts from a sign of life, which may be old.
-            slack = job.function.slack if job.size > 1 else 0
-            while not replies or replies[-1][:1] == _MORE:
-                replies.append(self.receive(job.function.limit + slack))
+            limit = job.function.limit
+            if job.size > 1:
+                # The worker itself sees to it, unless a task holds the interpreter's
+                # lock: then it tells that it lives after every other task.
+                limit = 2 * limit + job.function.slack
+            reply = _MORE
+            while reply[:1] == _MORE:
+                reply = self.receive(limit)
+                if reply != _MORE:
+                    replies.append(reply)
         except Exception as error:
             function = job.function
-            limit = function.limit if self.is_ready else function.patience
+            is_limit = self.is_ready and not isinstance(error, BlockingIOError)
+            limit = function.limit if is_limit else function.patience
             if not function.returns_errors:
-                function.ends_at = min(function.ends_at, job.number)
+                function.last_number = min(function.last_number, job.number)
             return _Outcome(replies, self.bury_and_explain(error, limit))
         return _Outcome(replies)
+
+    def limit_sends(self, function: Any) -> None:
+        """Let no send wait for a worker that does not read, if there is a limit."""
+        if os.name == "posix":
+            seconds = 0 if function.limit == math.inf else math.ceil(function.patience)
+            with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+                end.settimeout(None)  # as the connection is, whatever the default is
+                value = struct.pack("ll", min(seconds, 10**9), 0)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
     def receive(self, limit: float) -> bytes:
         """Return the next message, for which the worker has *limit* seconds."""
@@ -2537,7 +2641,10 @@ class _Worker:
         while True:
             left = deadline - time.monotonic()
             if self.has_message(max(0, min(left, _WAIT_SLICE))):
-                return bytes(self.connection.recv_bytes())
+                message = bytes(self.connection.recv_bytes())
+                if message == _OVERDUE:
+                    raise TimeoutError
+                return message
             # A program that the worker has forked may hold the connection open.
             if self.process.exitcode is not None and not self.has_message(0):
                 raise EOFError
@@ -2557,8 +2664,10 @@ class _Worker:
             failure = _Failure(BrokenProcessPool(str(error)), ends_run=True)
             _set_cause(failure.error, error.text)
             return failure
-        if isinstance(error, TimeoutError):
+        if isinstance(error, (TimeoutError, BlockingIOError)):
             text = "a task has taken longer than the timeout of"
+            if isinstance(error, BlockingIOError):
+                text = "a worker has not taken what it was sent after"
             text = text if is_ready else "a worker was not ready after"
             error = _TaskTimeoutError(f"{text} {limit!r} seconds")
         elif isinstance(error, (EOFError, OSError)) and was_started:
@@ -2584,8 +2693,9 @@ class _Worker:
         self.function = self.poller = None
         connection, self.connection = self.connection, None
         if connection is not None:
-            _our_ends.discard(connection)
-            connection.close()
+            with _starting:  # no fork comes in between
+                _our_ends.discard(connection)
+                connection.close()
 
     def bury(self) -> int | None:
         """Kill the process with all that it has started; return its exit code."""
@@ -2643,8 +2753,10 @@ def _attend(
             continue
         if job is None:
             break
-        if job.number > job.function.ends_at:
-            continue  # nobody will read of it, and it may take a fresh worker
+        if job.number > job.function.last_number:
+            # Nobody will read of it: the report of that batch ends the run. And it may
+            # take a fresh worker.
+            continue
         outcome = worker.outcome_of(job)
         job.report(outcome)
         del job, outcome
@@ -2698,11 +2810,11 @@ class _Pool:
 
         Stop them after so many seconds.
         """
-        if self.key is None or self.has_failed():
+        for worker in self.workers if self.key is not None else ():
+            worker.has_begun.wait(_PATIENCE)  # while what it needs for that is there
+        if self.key is None or not all(map(self.is_sound, self.workers)):
             self.stop()
             return
-        for worker in self.workers:
-            worker.has_begun.wait(_PATIENCE)  # while what it needs for that is there
         self.timer = threading.Timer(seconds, _stop_if_idle, (weakref.ref(self),))
         self.timer.daemon = True
         _idle_pools.append(self)
@@ -2712,8 +2824,10 @@ class _Pool:
             _stop_if_idle(weakref.ref(self))
         _stop_idle_pools(_most_idle)
 
-    def has_failed(self) -> bool:
-        return any(worker.failure is not None for worker in self.workers)
+    def is_sound(self, worker: _Worker) -> bool:
+        """Tell whether it could be started, and as it would have been at first."""
+        is_elsewhere = worker.process and worker.surroundings != self.key[0]
+        return worker.failure is None and not is_elsewhere
 
     def stop(self, *, kill: bool = False) -> None:
         """Let the workers leave, which are idle; or kill them.
@@ -2759,7 +2873,7 @@ def _take_pool(key: Any) -> _Pool | None:
     for pool in [*_idle_pools]:
         if pool.key == key and _take_off_list(pool):
             pool.timer.cancel()
-            if not pool.has_failed():
+            if all(map(pool.is_sound, pool.workers)):
                 return pool
             pool.stop()
     return None
@@ -2804,7 +2918,7 @@ def _kill(processes: list[Any]) -> None:
         for process in processes:
             _loky("backend.utils").kill_process_tree(process)
         return
-    leaders = {process.pid for process in processes}
+    leaders = {process.pid for process in processes if not _is_of_another(process)}
     for pid in leaders:
         with contextlib.suppress(OSError):  # there is nothing left
             os.killpg(pid, signal.SIGKILL)
@@ -2820,6 +2934,22 @@ def _kill(processes: list[Any]) -> None:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
+
+
+def _is_of_another(process: Any) -> bool:
+    """Tell whether the id of a process that has ended is that of another by now.
+
+    Then nothing is left of its session, or the id would not be free.
+    """
+    if process.exitcode is None:
+        return False
+    try:
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
 
 
 def _members(leaders: set[int]) -> Iterator[int]:
@@ -2897,7 +3027,7 @@ _TOGETHER, _APART, _CALL, _FUNCTION, _FORGET = b"t", b"a", b"c", b"f", b"-"
 
 # First bytes of replies: results so far, the last ones, and none, since tasks that came
 # together cannot be unpickled.
-_MORE, _DONE, _UNREADABLE = b"+", b".", b"?"
+_MORE, _DONE, _UNREADABLE, _OVERDUE = b"+", b".", b"?", b"!"
 
 # Types of which nothing can fail to be pickled or unpickled.
 _PLAIN = frozenset((bool, bytes, complex, float, int, str, type(None)))
@@ -2933,9 +3063,10 @@ def _worker_functions() -> types.SimpleNamespace:
         """
         results: list[Any] = []
         failures: dict[int, Any] = {}
-        lock = contextlib.nullcontext()
-        if signs is not None:
-            lock, signs.done = signs.lock, (results, failures)
+        lock = contextlib.nullcontext() if signs is None else signs.lock
+        with lock:
+            if signs is not None:
+                signs.watched, signs.failures = results, failures
         append = results.append
         while True:
             try:
@@ -2950,7 +3081,7 @@ def _worker_functions() -> types.SimpleNamespace:
                     continue
             with lock:
                 if signs is not None:
-                    signs.done, signs.travels = ([], {}), True
+                    signs.watched, signs.failures = signs.nothing, None
                 return results, failures
 
     def leaves_debugger(error: Any) -> bool:
@@ -2963,38 +3094,67 @@ def _worker_functions() -> types.SimpleNamespace:
     class Signs:
         """Signs of life: a thread that sends, now and then, what is done of a batch.
 
-        So it costs a task nothing to be watched.
+        So it costs a task nothing to be watched. It is also this that finds a task over
+        its limit: the same has been under way at two looks that are as far apart. The
+        program could not tell, since a call that holds the interpreter's lock puts
+        a look off until it ends, when its result is not there yet.
         """
 
-        def __init__(self, connection: Any, dump: Any, seconds: float) -> None:
+        def __init__(
+            self, connection: Any, dump: Any, seconds: float, limit: float
+        ) -> None:
+            self.connection = connection
+            self.dump = dump
             self.lock = threading.Lock()
-            self.done: Any = [], {}  # results and failures of what is being run
-            self.travels = False  # results are being pickled
+            self.nothing: list[Any] = []  # to be watched: what may take its time
+            # The list that grows with each task, or with each result that is pickled;
+            # None between two batches.
+            self.watched: list[Any] | None = None
+            self.failures: Any = None  # of the tasks, while these are being run
             self.over = threading.Event()
-            arguments = connection, dump, seconds
-            threading.Thread(target=self.send, args=arguments, daemon=True).start()
+            arguments = seconds, limit
+            threading.Thread(target=self.look, args=arguments, daemon=True).start()
 
-        def send(self, connection: Any, dump: Any, seconds: float) -> None:
+        def look(self, seconds: float, limit: float) -> None:
+            seen, since = None, 0.0
             while not self.over.wait(seconds):
                 with self.lock, contextlib.suppress(OSError):  # the program has ended
-                    results, failures = self.done
-                    count = len(results)  # there may be more in a moment
-                    if count or self.travels:
-                        connection.send_bytes(
-                            reply(results[:count], dict(failures), dump, _MORE)
-                        )
-                        del results[:count]
-                        failures.clear()
+                    watched, now = self.watched, time.monotonic()
+                    if watched is None:
+                        continue
+                    before, seen = seen, (id(watched), len(watched))
+                    if seen != before or watched is self.nothing:
+                        since = now
+                    if now - since > limit:
+                        self.connection.send_bytes(_OVERDUE)
+                    elif self.failures is None or not watched:
+                        self.connection.send_bytes(_MORE)
+                    else:
+                        self.send(watched, self.failures)
+                        seen = id(watched), 0
+
+        def send(self, results: list[Any], failures: Any) -> None:
+            """Send results that there are, and forget them."""
+            count = len(results)  # there may be more in a moment
+            together = _PLAIN.issuperset(map(type, results[:count]))
+            size = (
+                count if together and not failures else 1
+            )  # one may take long to pickle
+            for start in range(0, count, size):
+                found = {0: failures.pop(start)} if start in failures else {}
+                part = results[start : start + size]
+                self.connection.send_bytes(reply(part, found, self.dump, _MORE))
+            del results[:count]
 
     def answer(
         get_function: Any,
         returns_errors: bool,
-        data: bytes,
+        messages: list[bytes],
         dump: Any,
         get_signs: Any = lambda size: None,
         scattered: Any = None,
     ) -> bytes:
-        """Run tasks that were pickled; return the reply, pickled.
+        """Run the tasks of a message, which is let go; return the reply, pickled.
 
         *scattered* has tasks that were not, by the keys that stand in their places.
         """
@@ -3015,6 +3175,7 @@ def _worker_functions() -> types.SimpleNamespace:
             task_func = get_function()
         except BaseException as error:
             return cast(bytes, dump(("no function", [], packed(error)), _DONE))
+        data = messages.pop()
         try:
             tasks = pickle.loads(memoryview(data)[1:])
         except BaseException:
@@ -3025,13 +3186,17 @@ def _worker_functions() -> types.SimpleNamespace:
         if scattered:
             tasks = map(replaced, tasks)
         results, failures = run_tasks(task_func, returns_errors, tasks, packed, signs)
-        return reply(results, failures, dump, _DONE)
+        return reply(results, failures, dump, _DONE, signs)
 
-    def reply(results: list[Any], failures: Any, dump: Any, first: bytes) -> bytes:
+    def reply(
+        results: list[Any], failures: Any, dump: Any, first: bytes, signs: Any = None
+    ) -> bytes:
         """Pickle results: apart, if one of them could cost others."""
         how, parts = "together", results
         if failures or not _PLAIN.issuperset(map(type, results)):
             how, parts = "apart", []
+            if signs is not None:
+                signs.watched = parts
             for index, result in enumerate(results):
                 parts.append(None)
                 try:
@@ -3202,26 +3367,25 @@ def _worker_functions() -> types.SimpleNamespace:
             self.connection = connection
             self.make_dump = make_own_dump
             self.dump = make_own_dump()
-            self.function = self.config = self.signs = self.sign_seconds = None
+            self.function = self.config = self.signs = self.watch = None
             self.returns_errors = False
 
         def handle(self) -> None:
             """Read a message, and answer it; keep nothing of either."""
-            message = self.connection.recv_bytes()
-            kind, content = message[:1], memoryview(message)[1:]
+            messages = [self.connection.recv_bytes()]
+            kind = messages[0][:1]
             if kind == _FORGET:
                 self.forget()
                 return
             if kind == _FUNCTION:
-                answered = self.take(content)
+                answered = self.take(messages.pop())
             elif kind == _CALL:
-                answered = pickle.loads(content)()
+                answered = pickle.loads(messages.pop()[1:])()
             else:
-                answered = self.answer(message)
-            del message, content
+                answered = self.answer(messages)
             with contextlib.nullcontext() if self.signs is None else self.signs.lock:
                 if self.signs is not None:
-                    self.signs.travels = False
+                    self.signs.watched = None
                 self.connection.send_bytes(answered)
 
         def forget(self) -> None:
@@ -3234,13 +3398,13 @@ def _worker_functions() -> types.SimpleNamespace:
             self.function = self.config = self.signs = None
             gc.collect()
 
-        def take(self, content: Any) -> bytes:
+        def take(self, message: bytes) -> bytes:
             """Keep a function for the batches to come; return a reply."""
             self.forget()
+            content = memoryview(message)[1:]
             size = int.from_bytes(content[:8], "big") + 8
-            nested, n_jobs, self.returns_errors, self.sign_seconds = pickle.loads(
-                content[8:size]
-            )
+            head = pickle.loads(content[8:size])
+            nested, n_jobs, self.returns_errors, self.watch = head
             try:
                 self.function = load_function(content[size:])
             except BaseException as error:
@@ -3250,20 +3414,17 @@ def _worker_functions() -> types.SimpleNamespace:
             self.config = joblib.parallel_config(backend=nested, n_jobs=n_jobs)
             return _DONE
 
-        def answer(self, message: bytes) -> bytes:
+        def answer(self, messages: list[bytes]) -> bytes:
             """Run a batch."""
-            return answer(
-                lambda: self.function,
-                self.returns_errors,
-                message,
-                self.dump,
-                self.get_signs,
-            )
+            get = lambda: self.function
+            return answer(get, self.returns_errors, messages, self.dump, self.get_signs)
 
         def get_signs(self, size: int) -> Any:
             """Return what tells of a batch of many tasks, if there is a limit."""
-            if self.signs is None and self.sign_seconds is not None and size > 1:
-                self.signs = Signs(self.connection, self.make_dump(), self.sign_seconds)
+            if self.watch is None or size == 1:
+                return None
+            if self.signs is None:
+                self.signs = Signs(self.connection, self.make_dump(), *self.watch)
             return self.signs
 
     def lead_session(connection: Any) -> None:
@@ -3325,7 +3486,9 @@ def _worker_functions() -> types.SimpleNamespace:
             """Run a batch."""
             get, dump = self.get, make_dump({})
             with joblib.parallel_config(**self.config):
-                return answer(get, self.returns_errors, data, dump, scattered=scattered)
+                return answer(
+                    get, self.returns_errors, [data], dump, scattered=scattered
+                )
 
         def get(self) -> Any:
             if not hasattr(self.kept, "function"):

@@ -1513,6 +1513,15 @@ def test_what_makes_a_session_of_its_own_goes_on(processes, seconds, tmp_path):
     assert sleeping(seconds) == [sleeper]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sessions")
+def test_whoever_has_the_id_of_a_worker_that_is_gone_is_left_alone():
+    with subprocess.Popen(["sleep", "3600"], start_new_session=True) as stranger:
+        distributed._kill([types.SimpleNamespace(pid=stranger.pid, exitcode=0)])
+        stopped = stranger.poll()
+        stranger.kill()
+    assert stopped is None
+
+
 LEAVES_THREADS = """
 def leave_thread(task):
     threading.Thread(target=threading.Event().wait).start()
@@ -2556,6 +2565,22 @@ def test_workers_are_not_kept_for_other_surroundings(monkeypatch, tmp_path, chan
     assert set(Joblib.setup(eval, [seen] * 9, num_workers=2)) == {expected}
 
 
+def test_workers_that_were_started_elsewhere_are_not_kept(fresh, monkeypatch, tmp_path):
+    here = os.getcwd()
+    tasks = [value(0), KILL, KILL, *meeting(tmp_path, "first")]
+    options = {"num_workers": 2, "batch_size": 1, "errors": "return"}
+    options["return_as"] = "generator"
+    results = Joblib.setup(eval, iter(tasks), pre_dispatch=2, **options)
+    assert next(results) == 0
+    monkeypatch.chdir(tmp_path)  # where those start that take the places of the dead
+    assert len(list(results)) == 4
+    monkeypatch.chdir(here)
+    tasks = [
+        f"({task}, __import__('os').getcwd())[1]" for task in meeting(tmp_path, "after")
+    ]
+    assert set(Joblib.setup(eval, tasks, num_workers=2, batch_size=1)) == {here}
+
+
 @pytest.mark.slow
 def test_a_directory_that_is_gone_after_a_short_run(program, tmp_path):
     source = """
@@ -3018,6 +3043,63 @@ def test_no_result_is_lost_by_signs_of_life_that_take_long(backend):
 
 
 @pytest.mark.once
+@pytest.mark.skipif(os.name != "posix", reason="a function of POSIX")
+def test_tasks_that_hold_the_lock_of_the_interpreter_are_not_taken_for_hanging(
+    processes,
+):
+    # Nothing else runs in the worker until the call has ended.
+    function = lambda task: __import__("ctypes").PyDLL(None).usleep(600_000)
+    options = {"timeout": 1, "batch_size": 4, "errors": "return"}
+    assert list(processes(function, range(8), **options)) == [0] * 8
+
+
+@pytest.mark.once
+def test_results_that_signs_of_life_carry_do_not_count_to_the_timeout(processes):
+    kind = by_value(SlowToPickle)
+    function = lambda task: (time.sleep(0.02), kind())[1]
+    results = processes(function, range(16), timeout=1, batch_size=8)
+    assert list(results) == [1] * 16
+
+
+class HangsInPickle:
+    def __reduce__(self):
+        time.sleep(3600)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_result_that_hangs_while_it_is_pickled_takes_too_long(processes, batch_size):
+    kind = by_value(HangsInPickle)
+    function = lambda task: kind() if task == 2 else task
+    options = {"timeout": 1, "batch_size": batch_size, "errors": "return"}
+    results = list(processes(function, range(8), **options))
+    failed, others = numbers_of(results)
+    assert sorted([*failed, *others]) == list(range(8))
+    assert 2 in failed
+    assert len(failed) <= batch_size
+    for error in (item.error for item in results if isinstance(item, FailedTask)):
+        assert isinstance(error, TimeoutError)
+
+
+@pytest.mark.once
+def test_a_worker_that_does_not_take_its_task_takes_too_long(processes, monkeypatch):
+    Joblib.shutdown()
+    monkeypatch.setattr(distributed, "_START_PATIENCE", 4)
+    others, tasks = workers_now(), [b"", bytes(5_000_000), b"1"]
+    options = {"timeout": 1, "batch_size": 1, "pre_dispatch": 1, "errors": "return"}
+    results = processes(len, tasks, num_workers=1, **options)
+    assert next(results) == 0
+    (worker,) = workers_now() - others
+    os.kill(worker, signal.SIGSTOP)
+    failed = next(results)
+    assert isinstance(failed.error, TimeoutError)
+    assert "a worker has not taken what it was sent after 4 seconds" in str(
+        failed.error
+    )
+    assert list(results) == [1]
+
+
+@pytest.mark.once
 def test_who_takes_too_long_is_killed_with_all_that_it_has_started(processes, tmp_path):
     source = f"""
 import os, pathlib, subprocess
@@ -3079,6 +3161,14 @@ def test_threads_keep_the_timeout_as_the_wait_for_anything(tmp_path):
 def test_in_threads_the_timeout_is_for_the_wait_not_for_the_run():
     results = Joblib.setup(time.sleep, [0.3] * 8, 2, backend="threading", timeout=1)
     assert len(list(results)) == 8
+
+
+@pytest.mark.once
+def test_in_threads_what_completes_out_of_order_is_waited_for_as_well():
+    tasks = [slow(1.6), *[slow(0.3)] * 6]
+    options = {"timeout": 1, "return_as": "generator", "pre_dispatch": "all"}
+    results = Joblib.setup(eval, tasks, 2, backend="threading", **options)
+    assert len(list(results)) == 7
 
 
 def test_a_clock_that_stands_still(monkeypatch):
@@ -3221,6 +3311,26 @@ def test_all_tasks_of_a_batch_may_fail_each_in_its_way(processes):
         expected = [*(kind for _, kind in PICKLING.values()), None, KeyError][number]
         assert type(error) is expected
         assert not HAS_NOTES or f"Task {number} (counted" in error.__notes__[-1]
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise LookupError("no text")
+
+
+@pytest.mark.parametrize("array", [None, numpy.zeros(300_000)], ids=["", "mapped"])
+def test_an_error_that_cannot_be_shown_is_one_of_its_task_alone(setup, array):
+    mute = by_value(Mute)
+
+    def function(task):
+        if task[0] == 2:
+            raise mute
+        return task[0]
+
+    tasks = [(number, array) for number in range(6)]
+    results = setup(function, tasks, errors="return", return_as="generator")
+    failed, others = numbers_of(list(results))
+    assert (failed, others) == ([2], [0, 1, 3, 4, 5])
 
 
 def test_a_death_costs_its_batch_and_nothing_is_run_twice(processes, tmp_path):
@@ -4035,11 +4145,13 @@ def test_a_private_name_that_has_vanished_is_a_clear_error(program, name):
         if __name__ == "__main__":
             distributed.getattr = hide
             try:
-                print(list(distributed.Joblib.setup(abs, range(99), 2, return_as="generator")))
+                options = {"backend": sys.argv[2], "return_as": "generator"}
+                print(list(distributed.Joblib.setup(abs, range(99), 2, **options)))
             except RuntimeError as error:
                 print(error)
     """
-    output = output_of(program(source, name))
+    backend = "threading" if name == "_pool" else "loky"
+    output = output_of(program(source, name, backend))
     assert output.startswith(f"{name}, which is needed "), output
 
 
@@ -5353,6 +5465,77 @@ def test_dask_client_that_closes(tmp_path):
         (tmp_path / "go").touch()
         _, error = collect(results, BaseException)
         assert error is not None
+
+
+@pytest.mark.engines
+def test_a_dask_client_that_closes_costs_no_result_that_was_received(tmp_path):
+    pytest.importorskip("dask.distributed")
+    with dask_client(tmp_path) as client:
+        options = {"backend": "dask", "batch_size": 1, "pre_dispatch": 8}
+        results = Joblib.setup(abs, itertools.count(), **options)
+        received = [next(results)]
+        inbox = results.gi_frame.f_locals["run"].inbox
+        wait_until(lambda: inbox.reports.qsize() == 7)
+        client.close()
+        rest, error = collect(results, Exception)
+        assert len([*received, *rest]) >= 8
+        assert error is not None
+
+
+@pytest.mark.engines
+def test_a_function_that_dask_cannot_take_ends_the_run(dask):
+    with joblib.parallel_config(backend="dask", priorty=1):
+        received, error = collect(
+            Joblib.setup(abs, range(9), errors="return"), Exception
+        )
+    assert received == []
+    assert "priorty" in f"{error!r} {error.__cause__}"
+
+
+RUNS_IN_TASKS_OF_DASK = """
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+    from dask.distributed import Client, LocalCluster, worker_client
+    from yourpackage.distributed import Joblib
+
+    def chained(task):
+        return sorted(Joblib.setup(str, Joblib.setup(abs, [-1, -2])))
+
+    def interleaved(task):
+        return [*zip(*(Joblib.setup(abs, [-1], return_as="generator") for _ in "ab"))]
+
+    def left(task):
+        for _ in Joblib.setup(abs, range(50), batch_size=1):
+            break
+        return sum(Joblib.setup(abs, range(3)))
+
+    def begun_in_a_thread(task):
+        results = Joblib.setup(abs, [-1, -2, -3], batch_size=1)
+        with ThreadPoolExecutor(1) as thread:
+            first = thread.submit(next, results).result()
+        return first + sum(results)
+
+    def with_a_client(task):
+        with worker_client():
+            return sum(Joblib.setup(abs, range(3)))
+
+    if __name__ == "__main__":
+        options = {"n_workers": 1, "threads_per_worker": 3, "dashboard_address": None}
+        with LocalCluster(**options) as cluster, Client(cluster):
+            for function in chained, interleaved, left, begun_in_a_thread, with_a_client:
+                print(*Joblib.setup(function, range(2), backend="dask", timeout=60))
+"""
+
+
+@pytest.mark.engines
+def test_runs_in_a_task_of_dask_are_composable(program):
+    pytest.importorskip("dask.distributed")
+    process = program(RUNS_IN_TASKS_OF_DASK, warnings="default")
+    printed, errors = process.communicate()
+    expected = [["1", "2"]] * 2, [[(1, 1)]] * 2, [3] * 2, [6] * 2, [3] * 2
+    assert printed.splitlines() == [" ".join(map(str, pair)) for pair in expected], (
+        errors
+    )
 
 
 @pytest.mark.engines
