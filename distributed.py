@@ -264,8 +264,8 @@ class Joblib(DistributedBackend):
 
     *Bounded.* Of single tasks (``batch_size=1``), no more than *pre_dispatch* have been
     drawn beyond the results handed out, however slow the consumer and however many
-    tasks there are; so tasks can depend on earlier results. Of larger batches,
-    *pre_dispatch* are out, and as many more as there are workers may have been drawn.
+    tasks there are; so tasks can depend on earlier results. Of larger ones,
+    *pre_dispatch* batches are out, and one more for each worker may have been drawn.
 
     >>> def tasks():
     ...     for task in itertools.count():
@@ -309,7 +309,7 @@ class Joblib(DistributedBackend):
     directory and `sys.path`. At most three sets of workers are kept, none in a fork.
     They keep nothing of the function; what tasks leave elsewhere in a worker (a thread,
     a program, a changed directory) is there for the next run, too. `shutdown` stops
-    idle workers; who has not left after 3 seconds is killed.
+    idle workers; those that have not left after 3 seconds are killed.
 
     *Nothing is lost.* Whatever results were received before an error are handed out
     first. An error of a task, or of pickling it or its result, costs no earlier result
@@ -331,11 +331,12 @@ class Joblib(DistributedBackend):
     So is, with *timeout*, a task that takes too long.
 
     *A sweep goes on.* With ``errors="return"``, a task that raises, cannot be pickled,
-    kills its worker or takes too long gives a `FailedTask` in place of its result.
+    kills its worker or takes too long gives a `FailedTask` in place of its result. A
+    worker that is killed costs what was not done of its batch, too.
 
     *Forks and children.* Runs can be started in a fork, and in a child process of
     `multiprocessing`, however it is started; the child ends when it is done. To read on
-    a run of the parent in a fork is a `RuntimeError`.
+    a run of the parent in a fork is a `RuntimeError`, unless it has no workers.
 
     *Self-contained.* Workers are sent a few functions of this module, by value. They
     import the module only if that of *task_func* does.
@@ -343,9 +344,13 @@ class Joblib(DistributedBackend):
     Not promised:
 
     - Threads cannot be stopped: what they are busy with goes on in the background. The
-      same is true of Dask's workers, which are threads.
-    - With ``return_as="generator"`` and ``errors="raise"``, results behind the one that
-      is missing are lost with it.
+      same is true of Dask's workers, which are threads, and of the batches that these
+      have begun.
+    - With ``return_as="generator"``, results behind the one where an error ends the run
+      are lost with it.
+    - On Dask, what is lost with a worker is run again, and a run waits for workers if
+      there are none. On Ray, an actor that dies ends the run, and a run has to end
+      before ``ray.shutdown()``.
     - What a task makes a session of its own (a daemon) is not stopped. Elsewhere than
       on Linux, nor is what has a process group of its own; and if the program is
       killed there, its workers finish what they are doing. On Linux, what has a group
@@ -354,8 +359,9 @@ class Joblib(DistributedBackend):
       tasks, yield new objects, or take ``batch_size=1``. So does one in threads that is
       changed before it is run. An array of more than *max_nbytes* is in its file as it
       first was. A result that *task_func* changes in its next call arrives changed.
-    - To close a run in a thread that is not the last to have read it does not wait for
-      its workers to stop; elsewhere, that wait ends after 10 seconds.
+    - To close a run in a thread that is not the last to have read it, or in *tasks* of
+      another run, does not wait for its workers to stop. Otherwise it waits for that,
+      but for 10 seconds at most.
     - `atexit` hooks of workers that `multiprocessing` has forked run from Python 3.13
       on.
     - A `KeyboardInterrupt` or `SystemExit` that *tasks* raises is raised at once.
@@ -425,7 +431,8 @@ class Joblib(DistributedBackend):
             available cores, unless an open `joblib.parallel_config` sets ``n_jobs``; -2
             means all but one, and so on. With 1, tasks run in this process, one after
             another, unless *timeout*, *maxtasksperchild* or ``errors="return"`` asks
-            for a process. Dask ignores it and uses the whole cluster.
+            for a process of "loky" or "multiprocessing". Dask ignores it and uses the
+            whole cluster.
         **kwargs
             Options. Those of `joblib.Parallel`, but for ``n_jobs``:
 
@@ -442,18 +449,21 @@ class Joblib(DistributedBackend):
                 "return": where a task has no result, yield a `FailedTask` in its place
                 and go on. The other tasks of its batch are run all the same. A worker
                 that dies, or a time-out, costs those tasks of its batch that are not
-                known to be done: with ``batch_size=1``, one. None is run twice. Errors
+                known to be done: with ``batch_size=1``, one. None is run twice, but on
+                Dask. Errors
                 of *tasks*, of an *initializer* and of pickling *task_func*, and what a
                 debugger raises to be left, still end the run.
             timeout : float, optional
                 Seconds that one task may take in its worker process; it is killed then,
-                and the run ends with an error, or goes on with ``errors="return"``. No
-                other task, start or wait counts; in a batch of several, it is noticed a
-                tenth of *timeout* later. A worker that is not ready after *timeout*,
-                or 60 seconds if that is more, is an error. Other backends cannot watch
-                single tasks: there, the run ends when the consumer has waited for so
-                long and no batch has completed; the start of workers counts, too.
-                Default: wait for ever.
+                and the run ends with an error, or goes on with ``errors="return"``.
+                What the task builds on the first call counts. No other task, start,
+                initializer or wait does. In a batch of several, it is noticed up to a
+                fifth of *timeout* later, or at twice *timeout* if the task holds the
+                interpreter's lock. A worker that is not ready after *timeout*, or 60
+                seconds if that is more, is an error. Other backends cannot watch single
+                tasks: there, the run ends when the consumer has waited for so long and
+                no batch has completed; the start of workers counts, unless the engine
+                itself waits for it. Default: wait for ever.
             maxtasksperchild : int, optional
                 Tasks that a worker process of "loky" or "multiprocessing" may do before
                 it leaves and a fresh one takes its place: for tasks that leak memory.
@@ -478,8 +488,8 @@ class Joblib(DistributedBackend):
             verbose : int, default 0
                 Print how many tasks are done; the more often, the larger it is.
             max_nbytes, mmap_mode, temp_folder
-                As in joblib: arrays of more than *max_nbytes* (1 MB) reach worker
-                processes in files that they map into memory, read-only.
+                As in joblib: arrays of more than *max_nbytes* (1 MB), in tasks and in
+                *task_func*, reach worker processes in files that they map, read-only.
                 ``max_nbytes=None`` sends copies, ``mmap_mode="c"`` lets a task change
                 its own view. The file of an array that the program has let go is
                 removed when its batch has been read.
@@ -926,10 +936,10 @@ def _one_by_one(
     returns_errors: bool = False,
 ) -> Generator[Any, None, None]:
     """Yield results like `map`, but a StopIteration of *task_func* is an error."""
-    numbers = itertools.count()
+    counter = itertools.count()
     result: Any
     for task in tasks:
-        number = next(numbers)  # enumerate() would hold on to the task
+        number = next(counter)  # enumerate() would hold on to the task
         try:
             result = task_func(task)
         except Exception as error:
@@ -1258,7 +1268,7 @@ class _Run:
             except Exception as caught:
                 received = [], {}, _Failure(caught)
             if received is None:
-                self.inbox.wait_again_for(batch.number)
+                self.inbox.wait_again_for(batch.number)  # Ray's, whose turn it was
                 self.engine.pack(batch, apart=True)
                 self.send(batch)
                 return None
@@ -1303,7 +1313,11 @@ class _Run:
     def items_of(
         self, batch: Any, results: list[Any], failures: Any, failure: _Failure | None
     ) -> tuple[list[Any], Any]:
-        """Return what the run yields for a batch, and an error that ends the run."""
+        """Return what the run yields for a batch, and an error that ends the run.
+
+        *results* are those of the first tasks, *failures* are errors of some of these
+        by their indices, and *failure* is what has become of the other tasks.
+        """
         if batch is None:
             return [], failure and failure.error
         done = len(results)
@@ -1891,6 +1905,11 @@ class _Remote(_Engine):
                     results[index] = pickle.loads(data)
                 except (Exception, SystemExit, GeneratorExit) as error:
                     message = f"the result cannot be unpickled: {_WORKER.told(error)}"
+                    if isinstance(error, AttributeError):
+                        message += (
+                            ": a class of the program travels by value, which not all "
+                            "can (those with slots): put it into a module"
+                        )
                     failure = pickle.UnpicklingError(message)
                     failure.__cause__ = _without_first_frame(error)
                     failures[first + index] = failure
@@ -2182,7 +2201,7 @@ class _Files:
         self.of_function: list[Any] = []
         self.weight = 0  # bytes of all arrays
         limit = options.pop("max_nbytes")
-        self.limit = math.inf if limit is None else limit
+        self.max_nbytes = math.inf if limit is None else limit
         self.mode = options.pop("mmap_mode")
         self.prewarm = options.pop("prewarm", False)
         # Whoever has passed reducers does not want them changed.
@@ -2204,7 +2223,7 @@ class _Files:
         base = array
         while base is not None and not isinstance(base, mmap.mmap):
             base = getattr(base, "base", None)
-        if base is not None or array.nbytes <= self.limit or array.dtype.hasobject:
+        if base is not None or array.nbytes <= self.max_nbytes or array.dtype.hasobject:
             return self.copy(array)
         self.kept.append(array)
         drop, file = self.files.get(id(array), (None, ""))
@@ -2250,9 +2269,9 @@ class _Files:
             tracker.register(folder, "folder")  # removes it if we cannot
         return str(folder)
 
-    def drop(self, number: int, file: str) -> None:
+    def drop(self, key: int, file: str) -> None:
         """Remove the file of an array that is no more."""
-        self.files.pop(number, None)
+        self.files.pop(key, None)
         if self.pid == os.getpid():
             with contextlib.suppress(OSError):  # Windows, where a worker maps it
                 os.unlink(file)
@@ -2872,7 +2891,7 @@ def _take_pool(key: Any) -> _Pool | None:
         return None
     for pool in [*_idle_pools]:
         if pool.key == key and _take_off_list(pool):
-            pool.timer.cancel()
+            pool.timer.cancel()  # or it would stop the pool once it is idle again
             if all(map(pool.is_sound, pool.workers)):
                 return pool
             pool.stop()

@@ -124,6 +124,9 @@ EXIT = "__import__('os')._exit(7)"
 EXIT_IN_PEACE = EXIT.replace("7", "0")
 LOCK = "__import__('_thread').allocate_lock()"
 BAD_RESULT = "type('Bad', (), {'__reduce__': lambda self: (int, ('x',))})()"
+EXITS_HERE = (
+    "type('Bad', (), {'__reduce__': lambda self: (__import__('sys').exit, (3,))})()"
+)
 PID = "__import__('os').getpid()"
 
 
@@ -248,6 +251,7 @@ PICKLING = {
     "task to unpickle": (by_value(CannotBeUnpickled)(), pickle.UnpicklingError),
     "result to pickle": (LOCK, pickle.PicklingError),
     "result to unpickle": (BAD_RESULT, pickle.UnpicklingError),
+    "result that exits": (EXITS_HERE, pickle.UnpicklingError),
 }
 each_fault = pytest.mark.parametrize(
     "bad", [fault for fault, _ in PICKLING.values()], ids=PICKLING
@@ -745,6 +749,19 @@ def test_nothing_happens_before_the_first_result(setup):
     assert multiprocessing.active_children() == children
     assert sorted(results) == [1, 2]
     assert drawn == [-1, -2]
+
+
+def test_the_number_of_tasks_is_nobodys_business_but_that_of_verbose(capfd):
+    class Tasks:
+        def __iter__(self):
+            return iter([-1, -2])
+
+        def __len__(self):
+            raise NotImplementedError
+
+    for verbose in (0, 11):
+        assert sorted(Joblib.setup(abs, Tasks(), 2, verbose=verbose)) == [1, 2]
+    assert "Done   2 |" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3298,18 +3315,17 @@ def test_a_task_that_takes_too_long_is_a_failed_task(processes):
 
 @pytest.mark.once
 def test_all_tasks_of_a_batch_may_fail_each_in_its_way(processes):
-    tasks = [fault for fault, _ in PICKLING.values()] + [
-        value(5),
-        raising("KeyError()"),
-    ]
+    faults, kinds = zip(*PICKLING.values(), strict=True)
+    size = len(faults) + 2
+    tasks = [*faults, raising("KeyError()"), value("fine")]
     # Enough for two workers: at the end of the tasks batches are smaller.
-    tasks += map(value, range(7, 14))
-    results = list(processes(run, tasks, errors="return", batch_size=7))
+    tasks += map(value, range(size))
+    results = list(processes(run, tasks, errors="return", batch_size=size))
     failed, others = numbers_of(results)
-    assert (sorted(failed), sorted(others)) == ([0, 1, 2, 3, 4, 6], [5, *range(7, 14)])
+    assert sorted(failed) == list(range(size - 1))
+    assert Counter(others) == Counter(["fine", *range(size)])
     for number, _, error in (r for r in results if isinstance(r, FailedTask)):
-        expected = [*(kind for _, kind in PICKLING.values()), None, KeyError][number]
-        assert type(error) is expected
+        assert type(error) is [*kinds, KeyError][number]
         assert not HAS_NOTES or f"Task {number} (counted" in error.__notes__[-1]
 
 
@@ -5343,6 +5359,16 @@ def test_a_task_is_shown_whatever_its_repr_does(way):
     shown = distributed._shown(Shown(way))
     assert len(shown) <= 400
     assert shown == "<Shown>" or way == "long"
+
+
+def test_what_is_slow_to_be_shown_is_waited_for_once():
+    class Slow(Shown):
+        pass
+
+    before = threading.active_count()
+    for _ in range(3):
+        assert distributed._shown(Slow("sleeps")) == f"<{Slow.__qualname__}>"
+    assert threading.active_count() <= before + 1
 
 
 @pytest.mark.alike
