@@ -5494,8 +5494,11 @@ def test_dask_client_that_closes(tmp_path):
 
 
 @pytest.mark.engines
-def test_a_dask_client_that_closes_costs_no_result_that_was_received(tmp_path):
+def test_a_dask_client_that_closes_costs_no_result_that_was_received(
+    tmp_path, monkeypatch
+):
     pytest.importorskip("dask.distributed")
+    monkeypatch.setattr(distributed._Dask, "look_again", 0.05)
     with dask_client(tmp_path) as client:
         options = {"backend": "dask", "batch_size": 1, "pre_dispatch": 8}
         results = Joblib.setup(abs, itertools.count(), **options)
@@ -5519,7 +5522,7 @@ def test_a_function_that_dask_cannot_take_ends_the_run(dask):
 
 
 RUNS_IN_TASKS_OF_DASK = """
-    import sys
+    import time
     from concurrent.futures import ThreadPoolExecutor
     from dask.distributed import Client, LocalCluster, worker_client
     from yourpackage.distributed import Joblib
@@ -5535,6 +5538,12 @@ RUNS_IN_TASKS_OF_DASK = """
             break
         return sum(Joblib.setup(abs, range(3)))
 
+    def back(task):  # in the worker's only thread
+        left(task)
+        begin = time.monotonic()
+        time.sleep(0.2)
+        return begin, time.monotonic()
+
     def begun_in_a_thread(task):
         results = Joblib.setup(abs, [-1, -2, -3], batch_size=1)
         with ThreadPoolExecutor(1) as thread:
@@ -5546,10 +5555,16 @@ RUNS_IN_TASKS_OF_DASK = """
             return sum(Joblib.setup(abs, range(3)))
 
     if __name__ == "__main__":
-        options = {"n_workers": 1, "threads_per_worker": 3, "dashboard_address": None}
+        options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
         with LocalCluster(**options) as cluster, Client(cluster):
-            for function in chained, interleaved, left, begun_in_a_thread, with_a_client:
+            for function in chained, interleaved, left, with_a_client:
                 print(*Joblib.setup(function, range(2), backend="dask", timeout=60))
+            times = [*Joblib.setup(back, range(3), backend="dask", timeout=60)]
+            times = sum(sorted(times), ())
+            print(times == tuple(sorted(times)))
+        options["threads_per_worker"] = 2  # one of them waits for the other thread
+        with LocalCluster(**options) as cluster, Client(cluster):
+            print(*Joblib.setup(begun_in_a_thread, [0], backend="dask", timeout=60))
 """
 
 
@@ -5558,7 +5573,7 @@ def test_runs_in_a_task_of_dask_are_composable(program):
     pytest.importorskip("dask.distributed")
     process = program(RUNS_IN_TASKS_OF_DASK, warnings="default")
     printed, errors = process.communicate()
-    expected = [["1", "2"]] * 2, [[(1, 1)]] * 2, [3] * 2, [6] * 2, [3] * 2
+    expected = [["1", "2"]] * 2, [[(1, 1)]] * 2, [3] * 2, [3] * 2, [True], [6]
     assert printed.splitlines() == [" ".join(map(str, pair)) for pair in expected], (
         errors
     )
