@@ -3135,30 +3135,31 @@ def _worker_functions() -> types.SimpleNamespace:
             threading.Thread(target=self.look, args=arguments, daemon=True).start()
 
         def look(self, seconds: float, limit: float) -> None:
-            seen, since = None, 0.0
+            seen, length, since = None, 0, 0.0
             while not self.over.wait(seconds):
                 with self.lock, contextlib.suppress(OSError):  # the program has ended
                     watched, now = self.watched, time.monotonic()
+                    goes_on = watched is seen and watched is not self.nothing
+                    seen = watched
                     if watched is None:
                         continue
-                    before, seen = seen, (id(watched), len(watched))
-                    if seen != before or watched is self.nothing:
+                    if not (goes_on and len(watched) == length):
                         since = now
+                    length = len(watched)
                     if now - since > limit:
                         self.connection.send_bytes(_OVERDUE)
                     elif self.failures is None or not watched:
                         self.connection.send_bytes(_MORE)
                     else:
                         self.send(watched, self.failures)
-                        seen = id(watched), 0
+                        length = 0
 
         def send(self, results: list[Any], failures: Any) -> None:
             """Send results that there are, and forget them."""
             count = len(results)  # there may be more in a moment
-            together = _PLAIN.issuperset(map(type, results[:count]))
-            size = (
-                count if together and not failures else 1
-            )  # one may take long to pickle
+            are_plain = _PLAIN.issuperset(map(type, results[:count]))
+            # Others may take long to pickle: each is a sign of its own.
+            size = count if are_plain and not failures else 1
             for start in range(0, count, size):
                 found = {0: failures.pop(start)} if start in failures else {}
                 part = results[start : start + size]
