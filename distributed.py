@@ -282,8 +282,9 @@ class Joblib(DistributedBackend):
     holds its only reference, ``del``, an error and leaving the interpreter. No further
     task begins. Worker processes that are busy are killed, with all programs that their
     tasks have started (a worker leads a session, and that ends with it); nothing is
-    printed or warned of, and no file is left. On Linux the same is true if the program
-    itself is killed, or crashes.
+    printed or warned of, and no file is left. On Linux nothing is left, either, if the
+    program itself is killed, or crashes; but then loky's tracker may tell of a folder
+    of arrays that it removes, and the fork server of `multiprocessing` leaves one.
 
     >>> results.close()
     >>> list(results)
@@ -431,8 +432,9 @@ class Joblib(DistributedBackend):
             available cores, unless an open `joblib.parallel_config` sets ``n_jobs``; -2
             means all but one, and so on. With 1, tasks run in this process, one after
             another, unless *timeout*, *maxtasksperchild* or ``errors="return"`` asks
-            for a process of "loky" or "multiprocessing". Dask ignores it and uses the
-            whole cluster.
+            for a process of "loky" or "multiprocessing", which there cannot be inside
+            of a daemon process or a thread's task. Dask ignores it and uses the whole
+            cluster.
         **kwargs
             Options. Those of `joblib.Parallel`, but for ``n_jobs``:
 
@@ -979,7 +981,10 @@ def _as_raised(error: BaseException, note: str) -> Any:
     What is no Exception would end the program, or look like the end of the results.
     """
     if isinstance(error, StopIteration) or not isinstance(error, Exception):
-        cause, error = error, RuntimeError(f"a task raised {error!r}")
+        shown = type(error).__qualname__
+        with contextlib.suppress(Exception):  # as its own methods may fail
+            shown = repr(error)
+        cause, error = error, RuntimeError(f"a task raised {shown}")
         error.__cause__ = cause
     # Python 3.10, of which a type checker knows that it has no notes, or a class that
     # refuses them.
@@ -1461,8 +1466,13 @@ class _Lifetime:
         """
         if self.ended.is_set() or self.pid != os.getpid():
             return
-        if self.end_once.acquire(blocking=False):
-            _call_in_thread(self._end)
+        with _interrupts_later():
+            if self.end_once.acquire(blocking=False):
+                try:
+                    _call_in_thread(self._end)
+                except BaseException:  # no stack is left, say: to be done another time
+                    self.end_once.release()
+                    raise
         me = threading.current_thread()
         is_busy = any(
             other.is_at_work and other.reader is me for other in list(_open_runs)
@@ -1669,8 +1679,12 @@ class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
         in_thread = getattr(self, "supports_sharedmem", False)
         run_batch = _WORKER.run_in_thread if in_thread else _by_value("run_elsewhere")
         arguments = run.task_func, run.returns_errors, *batch.tasks
+        # The first may start threads, which an interrupt would leave behind.
+        starts = in_thread and batch.number == 0
         try:
-            self.submit(self.calls_of(batch, run_batch, *arguments), callback=report)
+            with _interrupts_later() if starts else contextlib.nullcontext():
+                calls = self.calls_of(batch, run_batch, *arguments)
+                self.submit(calls, callback=report)
         except AttributeError as error:
             # A thread could not be started, and Python's own pool of threads fails to
             # stop those that could.
@@ -2617,7 +2631,7 @@ class _Worker:
                 return self.failure
             if self.function is not job.function:
                 self.function, self.is_ready = None, False
-                self.limit_sends(job.function)
+                self.limit_stalls(job.function)
                 self.connection.send_bytes(job.function.message)
                 reply = self.receive(job.function.patience)
                 self.is_ready = True
@@ -2645,14 +2659,15 @@ class _Worker:
             return _Outcome(replies, self.bury_and_explain(error, limit))
         return _Outcome(replies)
 
-    def limit_sends(self, function: Any) -> None:
-        """Let no send wait for a worker that does not read, if there is a limit."""
+    def limit_stalls(self, function: Any) -> None:
+        """Let no message wait for ever for a worker in its midst, if there is a limit."""
         if os.name == "posix":
             seconds = 0 if function.limit == math.inf else math.ceil(function.patience)
             with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
                 end.settimeout(None)  # as the connection is, whatever the default is
                 value = struct.pack("ll", min(seconds, 10**9), 0)
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+                for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                    end.setsockopt(socket.SOL_SOCKET, option, value)
 
     def receive(self, limit: float) -> bytes:
         """Return the next message, for which the worker has *limit* seconds."""
@@ -2686,7 +2701,7 @@ class _Worker:
         if isinstance(error, (TimeoutError, BlockingIOError)):
             text = "a task has taken longer than the timeout of"
             if isinstance(error, BlockingIOError):
-                text = "a worker has not taken what it was sent after"
+                text = "a worker has stalled in the midst of a message for"
             text = text if is_ready else "a worker was not ready after"
             error = _TaskTimeoutError(f"{text} {limit!r} seconds")
         elif isinstance(error, (EOFError, OSError)) and was_started:
@@ -2776,7 +2791,11 @@ def _attend(
             # Nobody will read of it: the report of that batch ends the run. And it may
             # take a fresh worker.
             continue
-        outcome = worker.outcome_of(job)
+        outcome: Any
+        try:
+            outcome = worker.outcome_of(job)
+        except Exception as error:  # whatever comes, nobody is to wait for a report
+            outcome = _Failure(error, ends_run=True)
         job.report(outcome)
         del job, outcome
     worker.leave()
@@ -2973,7 +2992,10 @@ def _is_of_another(process: Any) -> bool:
 
 def _members(leaders: set[int]) -> Iterator[int]:
     """Yield the ids of what is alive in the sessions of *leaders*, if that is known."""
-    names = os.listdir("/proc") if leaders and os.path.exists("/proc/self/stat") else ()
+    names: list[str] = []
+    if leaders and os.path.exists("/proc/self/stat"):
+        with contextlib.suppress(OSError):  # no descriptor is free
+            names = os.listdir("/proc")
     for pid in map(int, filter(str.isdigit, names)):
         with contextlib.suppress(OSError):  # it is gone
             if os.getsid(pid) in leaders:
@@ -3006,28 +3028,42 @@ def _occupy_standard_streams() -> None:
                 os.set_inheritable(number, True)
 
 
+# Those by which programs are usually told to end, and whose handlers may raise.
+_WAITING_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if hasattr(signal, name)
+)
+
+
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
     """Let an interrupt wait until this is over, in this thread and in new processes.
 
-    Processes unblock it when they are ready. To block it is not enough here, since
-    another thread may take the signal, and Python interrupts the main thread then.
+    So does what else ends a program, since Python drops what a handler raises in the
+    middle of a fork. Processes unblock it when they are ready. To block it is not
+    enough here, since another thread may take the signal, and Python calls the handler
+    in the main thread then.
     """
-    noted: list[Any] = []
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if is_main else None
+    noted: list[int] = []
+    handlers: dict[Any, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in _WAITING_SIGNALS}
+        handlers = {
+            number: found[number] for number in found if callable(found[number])
+        }
     mask: Any = getattr(signal, "pthread_sigmask", lambda *_: set())  # Windows
-    if before is not None:
-        signal.signal(signal.SIGINT, lambda *_: noted.append(1))
-    blocked = mask(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
+    for number in handlers:
+        signal.signal(number, lambda number, _: noted.append(number))
+    blocked = mask(getattr(signal, "SIG_BLOCK", 0), _WAITING_SIGNALS)
     try:
         yield
     finally:
         mask(getattr(signal, "SIG_SETMASK", 0), blocked)
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-        if noted:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in noted:
+            signal.raise_signal(number)
 
 
 # --------------------------------------------------------------------------------------
@@ -3223,7 +3259,7 @@ def _worker_functions() -> types.SimpleNamespace:
                     parts[-1] = None if index in failures else dump(result)
                 except BaseException as error:
                     failure = pickle.PicklingError(
-                        f"the result cannot be pickled: {error!r}"
+                        f"the result cannot be pickled: {told(error)}"
                     )
                     failure.__cause__ = error
                     failures[index] = pack_error(failure, dump)
@@ -3458,8 +3494,10 @@ def _worker_functions() -> types.SimpleNamespace:
         signal.set_wakeup_fd(-1)
         if os.name == "posix":
             os.setsid()
-            os.register_at_fork(after_in_child=connection.close)  # or it would not end
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            # Or it would not end with this process.
+            os.register_at_fork(after_in_child=connection.close)
+            os.set_inheritable(connection.fileno(), False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING_SIGNALS)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)

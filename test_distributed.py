@@ -1050,6 +1050,27 @@ def test_closing_lets_go_of_the_tasks(setup):
     assert ended.is_set()
 
 
+def test_a_run_that_could_not_be_closed_is_ended_later(
+    processes, tmp_path, monkeypatch
+):
+    call = distributed._call_in_thread
+
+    def fail(function):
+        monkeypatch.setattr(distributed, "_call_in_thread", call)
+        raise RecursionError
+
+    results = processes(eval, [value(1), *[block(tmp_path)] * 9])
+    next(results)
+    wait_until(lambda: pids_in(tmp_path))
+    monkeypatch.setattr(distributed, "_call_in_thread", fail)
+    with pytest.raises(RecursionError):
+        results.close()
+    del results
+    gc.collect()
+    wait_until(lambda: not any(map(is_alive, pids_in(tmp_path))))
+    wait_until(lambda: not distributed._open_runs)
+
+
 @pytest.mark.locally
 def test_a_run_can_be_closed_in_another_thread(stoppable_setup, tmp_path):
     results = stoppable_setup(eval, [value(1), *[block(tmp_path)] * 9])
@@ -2089,6 +2110,42 @@ def test_an_interrupt_at_a_moment_of_the_start_of_a_pool(begun, kind, when):
     assert output == "interrupted\n0 left\n"
 
 
+@pytest.mark.once
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("begun", ["fork"], indirect=True)
+def test_a_handler_that_exits_is_not_called_in_the_middle_of_a_fork(begun):
+    # Python would drop what it raises.
+    source = """
+        if __name__ == "__main__":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            os.register_at_fork(
+                after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM)
+            )
+            list(Joblib.setup(abs, range(9), 2, backend=backend))
+            print("goes on")
+    """
+    assert output_of(begun(source), 143) == ""
+
+
+def test_an_interrupt_while_threads_start_leaves_none(monkeypatch):
+    before, start, started = threading.active_count(), threading.Thread.start, []
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        if len(started) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    results = Joblib.setup(abs, range(9), 2, backend="threading")
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    monkeypatch.undo()
+    del results
+    started.clear()
+    wait_until(lambda: threading.active_count() <= before)
+
+
 @pytest.mark.locally
 def test_an_interrupt_of_the_tasks_comes_at_once(setup):
     def tasks():
@@ -2906,6 +2963,32 @@ def test_a_worker_that_dies_while_it_sends_is_an_error():
     assert sorted(Joblib.setup(abs, range(10), num_workers=2)) == list(range(10))
 
 
+def test_what_a_task_starts_does_not_hold_the_connection(processes):
+    code = """
+import os
+names = [int(name) for name in os.listdir("/proc/self/fd")]
+for fd in names:
+    try:
+        if os.get_inheritable(fd):
+            held.append(os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError:
+        pass
+"""
+    task = f"(held := [], exec({code!r}, {{'held': held}}))[0]"
+    (held,) = processes(eval, [task])
+    assert held  # its standard streams
+    assert not any("socket" in name for name in held)
+
+
+def test_whatever_an_attendant_meets_is_reported(processes, monkeypatch):
+    def fail(worker, job):
+        raise OSError("no descriptor is free")
+
+    monkeypatch.setattr(distributed._Worker, "outcome_of", fail)
+    _, error = collect(processes(abs, range(9), errors="return"), OSError)
+    assert error.args == ("no descriptor is free",)
+
+
 def test_the_error_of_a_dead_worker_is_shown_as_it_is():
     _, error = collect(Joblib.setup(eval, [KILL] * 2, num_workers=2), BrokenExecutor)
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
@@ -3110,7 +3193,7 @@ def test_a_worker_that_does_not_take_its_task_takes_too_long(processes, monkeypa
     os.kill(worker, signal.SIGSTOP)
     failed = next(results)
     assert isinstance(failed.error, TimeoutError)
-    assert "a worker has not taken what it was sent after 4 seconds" in str(
+    assert "a worker has stalled in the midst of a message for 4 seconds" in str(
         failed.error
     )
     assert list(results) == [1]
@@ -3346,6 +3429,36 @@ def test_an_error_that_cannot_be_shown_is_one_of_its_task_alone(setup, array):
     tasks = [(number, array) for number in range(6)]
     results = setup(function, tasks, errors="return", return_as="generator")
     failed, others = numbers_of(list(results))
+    assert (failed, others) == ([2], [0, 1, 3, 4, 5])
+
+
+class Shapeless(BaseException):
+    def __repr__(self):
+        raise LookupError("no text")
+
+
+class CannotBePickledOrShown:
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("way", ["raised", "pickled"])
+def test_an_error_that_has_no_representation_is_one_of_its_task_alone(setup, way):
+    error, kind = by_value(Shapeless), by_value(CannotBePickledOrShown)
+
+    def function(task):
+        if task == 2 and way == "raised":
+            raise error
+        return kind(error()) if task == 2 else task
+
+    options = {"errors": "return", "return_as": "generator", "batch_size": 6}
+    if setup.keywords["backend"] == "threading" and way == "pickled":
+        return  # where nothing is
+    failed, others = numbers_of(list(setup(function, range(6), **options)))
     assert (failed, others) == ([2], [0, 1, 3, 4, 5])
 
 
