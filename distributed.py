@@ -452,9 +452,8 @@ class Joblib(DistributedBackend):
                 and go on. The other tasks of its batch are run all the same. A worker
                 that dies, or a time-out, costs those tasks of its batch that are not
                 known to be done: with ``batch_size=1``, one. None is run twice, but on
-                Dask. Errors
-                of *tasks*, of an *initializer* and of pickling *task_func*, and what a
-                debugger raises to be left, still end the run.
+                Dask. Errors of *tasks*, of an *initializer* and of pickling
+                *task_func*, and what a debugger raises to be left, still end the run.
             timeout : float, optional
                 Seconds that one task may take in its worker process; it is killed then,
                 and the run ends with an error, or goes on with ``errors="return"``.
@@ -2135,7 +2134,7 @@ async def _run_on_dask(
             report(_Outcome([reply]))
     except BaseException as error:
         # Without the function, no other batch could be run, either.
-        is_lost = function.status in ("cancelled", "error", "lost")
+        is_lost = function.status in ("cancelled", "error")
         report(_Failure(error, ends_run=is_lost))
     futures.discard(future)
 
@@ -2479,13 +2478,14 @@ def _code_with_its_file(code: types.CodeType) -> Any:
 #   | unpickle results <--|- inbox <-| receive replies <---|----------|   and send     |
 #   +---------------------+          +---------------------+          +----------------+
 #
-# A worker has one connection, which in the program its attendant alone reads and writes,
-# in turn: so nothing can deadlock, whatever the size of messages. In the worker, a
-# thread tells meanwhile of what is done of a batch, if there is a limit of time, and
-# that a task is over it (see Signs). Attendants move bytes. All of a pool take jobs from one queue, which balances by itself, and workers go on while the
-# consumer is elsewhere. It is known which worker has which batch: its death is the
-# failure of that batch alone, and so is a task that takes too long; the attendant
-# starts another worker for the next job.
+# A worker has one connection, which its attendant alone reads and writes here, in turn:
+# so nothing can deadlock, whatever the size of messages. There, if there is a limit of
+# time, a thread tells now and then of what is done of a batch, and that a task is over
+# its limit (see Signs). Attendants move bytes. All of a pool take jobs from one queue,
+# which balances by itself, and workers go on while the consumer is elsewhere. It is
+# known which worker has which batch: its death is the failure of that batch alone, and
+# so is a task that takes too long; the attendant starts another worker for the next
+# job.
 #
 # An attendant refers to its worker and to the queue, not to the pool: one that nobody
 # has any more, since an interrupt came in between, is collected, and so stopped.
