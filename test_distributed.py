@@ -6469,14 +6469,17 @@ def test_a_run_on_dask_that_its_function_refers_to_is_collected(dask):
 def test_a_run_that_is_left_after_ray_was_shut_down_starts_no_other(program):
     pytest.importorskip("ray")
     source = """
-        import itertools
+        import time
         import ray
         from yourpackage.distributed import Joblib
 
         if __name__ == "__main__":
             ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-            results = Joblib.setup(abs, itertools.repeat(-1), 2, backend="ray")
-            print(next(results))
+            results = Joblib.setup(abs, [-1, -1], 2, backend="ray", batch_size=1)
+            print(next(results), flush=True)
+            inbox = results.gi_frame.f_locals["run"].inbox
+            while inbox.reports.empty():  # Ray exits if tasks are out when it ends
+                time.sleep(0.01)
             ray.shutdown()
             results.close()
             print(ray.is_initialized())
