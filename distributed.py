@@ -2652,11 +2652,10 @@ class _Worker:
                     replies.append(reply)
         except Exception as error:
             function = job.function
-            is_limit = self.is_ready and not isinstance(error, BlockingIOError)
-            limit = function.limit if is_limit else function.patience
             if not function.returns_errors:
                 function.last_number = min(function.last_number, job.number)
-            return _Outcome(replies, self.bury_and_explain(error, limit))
+            failure = self.bury_and_explain(error, function.patience, function.limit)
+            return _Outcome(replies, failure)
         return _Outcome(replies)
 
     def limit_stalls(self, function: Any) -> None:
@@ -2690,7 +2689,9 @@ class _Worker:
             return bool(self.connection.poll(seconds))
         return bool(self.poller.poll(seconds * 1000))
 
-    def bury_and_explain(self, error: Exception, limit: float) -> _Failure:
+    def bury_and_explain(
+        self, error: Exception, patience: float, limit: float = math.inf
+    ) -> _Failure:
         """Kill the process, and say what has become of it."""
         is_ready, was_started = self.is_ready, self.process is not None
         code = self.bury()
@@ -2699,11 +2700,12 @@ class _Worker:
             _set_cause(failure.error, error.text)
             return failure
         if isinstance(error, (TimeoutError, BlockingIOError)):
-            text = "a task has taken longer than the timeout of"
-            if isinstance(error, BlockingIOError):
+            text, seconds = "a worker was not ready after", patience
+            if is_ready and isinstance(error, BlockingIOError):
                 text = "a worker has stalled in the midst of a message for"
-            text = text if is_ready else "a worker was not ready after"
-            error = _TaskTimeoutError(f"{text} {limit!r} seconds")
+            elif is_ready:
+                text, seconds = "a task has taken longer than the timeout of", limit
+            error = _TaskTimeoutError(f"{text} {seconds!r} seconds")
         elif isinstance(error, (EOFError, OSError)) and was_started:
             text = f"a worker process has died{'' if is_ready else ' as it started'}"
             hint = " (SIGKILL, as when memory runs out)" if code == -9 else ""
