@@ -307,7 +307,8 @@ class Joblib(DistributedBackend):
 
     *Kept warm.* loky's workers that are idle when a run ends well are kept for the next
     that wants the same: the same number, *initializer*, environment variables, current
-    directory and `sys.path`. At most three sets of workers are kept, none in a fork.
+    directory and `sys.path`. They are not used again once the program has reloaded a
+    module. At most three sets of workers are kept, none in a fork.
     They keep nothing of the function; what tasks leave elsewhere in a worker (a thread,
     a program, a changed directory) is there for the next run, too. `shutdown` stops
     idle workers; those that have not left after 3 seconds are killed.
@@ -2817,6 +2818,7 @@ class _Pool:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.workers: list[_Worker] = []
         self.timer: Any = None
+        self.modules = _module_specs({})  # as workers may have imported them
         _private(multiprocessing.process, "_children")  # which a fork will need
         _pools.add(self)
 
@@ -2852,6 +2854,7 @@ class _Pool:
         """
         for worker in self.workers if self.key is not None else ():
             worker.has_begun.wait(_PATIENCE)  # while what it needs for that is there
+        self.modules.update(_module_specs(self.modules))
         if self.key is None or not all(map(self.is_sound, self.workers)):
             self.stop()
             return
@@ -2910,13 +2913,35 @@ def _take_pool(key: Any) -> _Pool | None:
     """Return idle workers of these settings, if there are any."""
     if key is None:  # it may not be compared
         return None
+    modules = _module_specs({})
     for pool in [*_idle_pools]:
         if pool.key == key and _take_off_list(pool):
             pool.timer.cancel()  # or it would stop the pool once it is idle again
-            if all(map(pool.is_sound, pool.workers)):
+            known, now = pool.modules, map(modules.get, pool.modules)
+            is_current = all(map(operator.is_, known.values(), now))
+            if is_current and all(map(pool.is_sound, pool.workers)):
+                pool.modules = {**modules, **known}
                 return pool
             pool.stop()
     return None
+
+
+def _module_specs(known: dict[str, Any]) -> dict[str, Any]:
+    """Return the specs of the modules of the program whose names are not in *known*.
+
+    Whatever loads a module again gives it another spec. Specs must be compared by
+    identity, since the old and the new one are equal.
+    """
+    # Not by getattr(), at which a lazy module is loaded.
+    namespace_of = vars(types.ModuleType)["__dict__"].__get__
+    specs: dict[str, Any] = {}
+    for name, module in sys.modules.copy().items():
+        if name not in known:
+            try:  # contextlib.suppress() takes longer than all else here
+                specs[name] = namespace_of(module)["__spec__"]
+            except (KeyError, TypeError):  # it has none, or is not a module
+                pass
+    return specs
 
 
 def _take_off_list(pool: _Pool) -> bool:

@@ -2639,6 +2639,89 @@ def test_workers_are_not_kept_for_other_surroundings(monkeypatch, tmp_path, chan
     assert set(Joblib.setup(eval, [seen] * 9, num_workers=2)) == {expected}
 
 
+RELOADED = """
+    import importlib, pathlib, sys
+    from yourpackage.distributed import Joblib
+
+    sys.dont_write_bytecode = True
+    source = "def factor(task): return {} * task, __import__('os').getpid()"
+
+    def write(number):
+        pathlib.Path("helper.py").write_text(source.format(number))
+
+    def run():
+        import user
+
+        factor = (user.use(1)[0],)  # as it is here
+        results = [*Joblib.setup(user.use, [1] * 9, 2, batch_size=1)]
+        return factor, {result[0] for result in results}, {r[1] for r in results}
+
+    def drawn():
+        yield 1
+        write(30)  # of another size, or bytecode could be taken for it
+        importlib.reload(sys.modules["helper"])
+
+    if __name__ == "__main__":
+        pathlib.Path("user.py").write_text(
+            "def use(task):\\n    import helper\\n    return helper.factor(task)"
+        )
+        write(2)
+        how = sys.argv[1]
+        if how == "first":  # imported by the program in the run, or before it
+            import helper
+        print(*run()[:2])
+        if how == "drawn":
+            import user
+
+            print(len([*Joblib.setup(user.use, drawn(), 2, batch_size=1)]))
+        else:
+            write(30)
+        if how == "anew":
+            del sys.modules["helper"]
+        elif how != "drawn":
+            importlib.reload(sys.modules["helper"])
+        print(*run()[:2])
+        before = run()[2]
+        import this_is_new
+        after = run()[2]
+        print(len(before | after) <= 2)
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "first",
+        *(
+            pytest.param(way, marks=pytest.mark.slow)
+            for way in ("later", "anew", "drawn")
+        ),
+    ],
+)
+def test_workers_that_have_imported_what_is_reloaded_are_not_kept(
+    program, tmp_path, how
+):
+    (tmp_path / "this_is_new.py").touch()
+    output = output_of(program(RELOADED, how)).splitlines()
+    assert output[0] == "(2,) {2}"
+    assert output[-2:] == ["(30,) {30}", "True"]
+
+
+def test_lazy_modules_stay_lazy_when_a_run_starts(monkeypatch):
+    class Lazy(types.ModuleType):
+        def __getattribute__(self, name):
+            raise AssertionError(name)
+
+    class NoModule:
+        __slots__ = ()
+        __getattr__ = Lazy.__getattribute__
+
+    monkeypatch.setitem(sys.modules, "lazy", Lazy("lazy"))
+    monkeypatch.setitem(sys.modules, "no_module", NoModule())
+    pids = pids_of()
+    assert pids_of() == pids
+
+
 def test_workers_that_were_started_elsewhere_are_not_kept(fresh, monkeypatch, tmp_path):
     here = os.getcwd()
     tasks = [value(0), KILL, KILL, *meeting(tmp_path, "first")]
