@@ -66,6 +66,7 @@ import signal
 import socket
 import struct
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -2941,6 +2942,15 @@ def _module_specs(known: dict[str, Any]) -> dict[str, Any]:
                 specs[name] = namespace_of(module)["__spec__"]
             except (KeyError, TypeError):  # it has none, or is not a module
                 pass
+    if "IPython.extensions.autoreload" in sys.modules:
+        # It may change a module in place, once the file is another: that is an item of
+        # its own. Files of installed packages are left out, since there are too many.
+        installed = tuple(map(sysconfig.get_path, ("stdlib", "platlib", "purelib")))
+        for name, spec in [*specs.items()]:
+            file = str(getattr(spec, "origin", None))
+            if getattr(spec, "has_location", False) and not file.startswith(installed):
+                with contextlib.suppress(OSError, ValueError):
+                    specs[f"{name}: {os.stat(file).st_mtime_ns}"] = spec
     return specs
 
 

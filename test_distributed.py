@@ -2707,6 +2707,33 @@ def test_workers_that_have_imported_what_is_reloaded_are_not_kept(
     assert output[-2:] == ["(30,) {30}", "True"]
 
 
+@pytest.mark.slow
+def test_workers_are_not_kept_if_autoreload_has_changed_a_module_in_place(program):
+    source = """
+        import os, pathlib, sys, types
+        from yourpackage.distributed import Joblib
+
+        def run():
+            return {*Joblib.setup(helper.factor, [1] * 9, 2, batch_size=1)}
+
+        if __name__ == "__main__":
+            path = pathlib.Path("helper.py")
+            path.write_text("def factor(task): return task, __import__('os').getpid()")
+            import helper
+
+            name = "IPython.extensions.autoreload"
+            sys.modules[name] = types.ModuleType(name)
+            before = run()
+            print(len(before | run()) <= 2)
+            path.write_text(path.read_text().replace("(task):", "(task): task *= 30;"))
+            os.utime(path, (1e9, 1e9))
+            exec(path.read_text(), vars(new := types.ModuleType("helper")))
+            helper.factor.__code__ = new.factor.__code__  # which is all that it does
+            print({task for task, _ in run()})
+    """
+    assert output_of(program(source)) == "True\n{30}\n"
+
+
 def test_lazy_modules_stay_lazy_when_a_run_starts(monkeypatch):
     class Lazy(types.ModuleType):
         def __getattribute__(self, name):
