@@ -296,7 +296,9 @@ class Joblib(DistributedBackend):
     variables.
 
     *Composable.* Runs can be chained, interleaved, overlapped and started inside a task
-    (where joblib's default is threads).
+    (where joblib's default is threads). What a worker loads (a module that it imports,
+    an *initializer*) can start runs in the same way, but it is an error if they ask for
+    worker processes.
 
     >>> absolute = Joblib.setup(abs, [-1, -2, -3], num_workers=2)
     >>> sorted(Joblib.setup(str, absolute, num_workers=2))
@@ -800,6 +802,12 @@ def _chosen_backend(options: dict[str, Any]) -> Any:
     Its name is taken out of *options*.
     """
     backend = options.pop("backend", None)
+    if (
+        backend is None
+        and _is_loading()
+        and not options.keys().isdisjoint(_OF_PROCESSES)
+    ):
+        backend = "loky"  # which is an error, but not before the run starts
     if backend is None:
         names = options.keys() & {"prefer", "require"}
         hints = {name: options[name] for name in names}
@@ -2350,6 +2358,12 @@ class _Processes(_Remote):
         return int(self.effective_n_jobs(n_jobs))
 
     def prepare(self, run: _Run) -> None:
+        if _is_loading():
+            raise RuntimeError(
+                f"{_importing_module()} starts worker processes while it is loaded in a "
+                "worker process, which these would do in turn: guard it by `if __name__ "
+                "== '__main__':`"
+            )
         self.most_tasks = run.most_tasks or math.inf
         super().prepare(run)
 
@@ -2432,6 +2446,20 @@ class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
         return _take_pool(key) or _Pool(key, self.workers, recipe)
 
 
+def _is_loading() -> bool:
+    """Tell whether this is a worker process that is loading what a run needs."""
+    return bool(getattr(sys.modules.get(_WORKER_MODULE), "is_loading", False))
+
+
+def _importing_module() -> str:
+    """Return the name of the module that is being imported, or that has called this."""
+    stack = traceback.walk_stack(inspect.currentframe())
+    frames = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    modules = [frame for frame in frames if frame.f_code.co_name == "<module>"]
+    names = [str(frame.f_globals["__name__"]) for frame in [*modules, *frames]]
+    return next(name for name in names if name != "__main__")  # that of the worker
+
+
 def _surroundings() -> Any:
     """Return what a worker that is started now finds, and another run may not want."""
     environment = dict(os.environ)
@@ -2452,8 +2480,13 @@ class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # t
         if _inherited and self.context.get_start_method() == "forkserver":
             # The server is a child of the parent, and no use to a fork.
             self.context = multiprocessing.get_context("spawn")
-        reducers = self.files.result_reducers
-        recipe = _Recipe(self.context, self.prepared, reducers, {}, self.most_tasks)
+        reducers, prepared = self.files.result_reducers, self.prepared
+        if not self.forks():
+            # Not in an attendant, where pickle waits for imports that are going on
+            # here. What can be pickled only while a process is started is left.
+            with contextlib.suppress(Exception):
+                prepared = super(_Processes, self).pickler()(prepared)
+        recipe = _Recipe(self.context, prepared, reducers, {}, self.most_tasks)
         return _Pool(None, self.workers, recipe)
 
 
@@ -2945,7 +2978,8 @@ def _module_specs(known: dict[str, Any]) -> dict[str, Any]:
     if "IPython.extensions.autoreload" in sys.modules:
         # It may change a module in place, once the file is another: that is an item of
         # its own. Files of installed packages are left out, since there are too many.
-        installed = tuple(map(sysconfig.get_path, ("stdlib", "platlib", "purelib")))
+        folders = operator.itemgetter("stdlib", "platlib", "purelib")
+        installed = folders(sysconfig.get_paths())
         for name, spec in [*specs.items()]:
             file = str(getattr(spec, "origin", None))
             if getattr(spec, "has_location", False) and not file.startswith(installed):
@@ -3252,11 +3286,16 @@ def _worker_functions() -> types.SimpleNamespace:
         *scattered* has tasks that were not, by the keys that stand in their places.
         """
 
+        server: Any = sys.modules.get(_WORKER_MODULE, types.SimpleNamespace())
+
         def load(part: bytes) -> Any:
+            server.is_loading = True
             try:
                 return pickle.loads(part)
             except BaseException as error:
                 raise unreadable("the task", error) from error
+            finally:
+                server.is_loading = False
 
         def replaced(task: Any) -> Any:
             return scattered.get(task, task) if type(task) is str else task
@@ -3269,10 +3308,13 @@ def _worker_functions() -> types.SimpleNamespace:
         except BaseException as error:
             return cast(bytes, dump(("no function", [], packed(error)), _DONE))
         data = messages.pop()
+        server.is_loading = True
         try:
             tasks = pickle.loads(memoryview(data)[1:])
         except BaseException:
             return _UNREADABLE
+        finally:
+            server.is_loading = False
         signs = get_signs(len(tasks))
         tasks = map(load, tasks) if data[:1] == _APART else iter(tasks)
         del data
@@ -3435,7 +3477,11 @@ def _worker_functions() -> types.SimpleNamespace:
         getattr(gc, "freeze", gc.collect)()
         with contextlib.suppress(EOFError, OSError):  # the program has ended
             connection.send_bytes(_MORE)  # it has begun
+            # What it starts by joblib is nested, like what tasks start.
+            nested = joblib.parallel.ThreadingBackend(nesting_level=1)
+            joblib.parallel_config(backend=nested)
             first = initialized(prepared)
+            server.is_loading = False
             connection.send_bytes(first)
             del prepared
             while first == _DONE:
@@ -3462,6 +3508,8 @@ def _worker_functions() -> types.SimpleNamespace:
             self.dump = make_own_dump()
             self.function = self.config = self.signs = self.watch = None
             self.returns_errors = False
+            # Processes that are started meanwhile would do so in turn, without end.
+            self.is_loading = True
 
         def handle(self) -> None:
             """Read a message, and answer it; keep nothing of either."""
@@ -3483,7 +3531,7 @@ def _worker_functions() -> types.SimpleNamespace:
 
         def forget(self) -> None:
             """Let go of a function, and of all that came with it."""
-            if self.function is None:
+            if self.config is None:
                 return
             self.config.unregister()
             if self.signs is not None:
@@ -3498,13 +3546,17 @@ def _worker_functions() -> types.SimpleNamespace:
             size = int.from_bytes(content[:8], "big") + 8
             head = pickle.loads(content[8:size])
             nested, n_jobs, self.returns_errors, self.watch = head
+            # What tasks start by joblib uses the backend that joblib would give them,
+            # and so does what is started while the function is loaded.
+            self.config = joblib.parallel_config(backend=nested, n_jobs=n_jobs)
+            self.is_loading = True
             try:
                 self.function = load_function(content[size:])
             except BaseException as error:
                 packed = pack_error(error, self.dump)
                 return cast(bytes, self.dump(("no function", [], packed), _DONE))
-            # What tasks start by joblib uses the backend that joblib would give them.
-            self.config = joblib.parallel_config(backend=nested, n_jobs=n_jobs)
+            finally:
+                self.is_loading = False
             return _DONE
 
         def answer(self, messages: list[bytes]) -> bytes:

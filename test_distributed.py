@@ -2414,6 +2414,114 @@ def test_a_time_out_of_a_nested_run_comes_home(program, outer):
     assert output_of(program(source, outer, "loky")) == "TimeoutError True True\n"
 
 
+LOADED_BY_WORKERS = """
+    import os
+    from yourpackage.distributed import Joblib
+
+    def where(task):
+        return os.getpid()
+
+    def start(*_):
+        with open("started", "a+") as file:
+            print(os.getpid(), file=file, flush=True)
+            file.seek(0)
+            if len({{*file}}) > 6:
+                os._exit(9)  # there would be no end
+        pids = {{*Joblib.setup(where, range(6), 2, **{options})}}
+        if os.environ.setdefault("PROGRAM", str(os.getpid())) != str(os.getpid()):
+            assert pids == {{os.getpid()}}
+
+    class Task:
+        __setstate__ = start
+
+        def __init__(self):
+            self.state = 1
+
+    if {how!r} == "import":
+        start()
+"""
+
+LOADING = """
+    import multiprocessing, os, sys
+    from yourpackage.distributed import Joblib
+
+    if __name__ == "__main__":
+        os.environ["PROGRAM"] = str(os.getpid())
+        multiprocessing.set_start_method("spawn")
+        how = sys.argv[1]
+        try:
+            import experiment
+
+            initializer = experiment.start if how == "initializer" else None
+            tasks = [experiment.Task() if how == "task" else 0] * 4
+            options = {"initializer": initializer, "backend": sys.argv[2]}
+            print(len([*Joblib.setup(experiment.where, tasks, 2, **options)]))
+        except Exception as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "backend"),
+    [
+        ("import", {}, "loky"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("import", {"backend": "loky"}, "loky"),
+                ("import", {"backend": "multiprocessing"}, "loky"),
+                ("import", {"initializer": print}, "loky"),
+                ("initializer", {}, "loky"),
+                ("initializer", {}, "multiprocessing"),
+                ("initializer", {"backend": "loky"}, "loky"),
+                ("initializer", {"backend": "loky"}, "multiprocessing"),
+                ("task", {}, "loky"),
+                ("task", {"backend": "loky"}, "loky"),
+            ]
+        ),
+    ],
+)
+def test_runs_that_workers_start_as_they_load_something_are_nested(
+    program, tmp_path, how, options, backend
+):
+    shown = repr(options).replace(repr(print), "print")
+    module = textwrap.dedent(LOADED_BY_WORKERS).format(how=how, options=shown)
+    (tmp_path / "experiment.py").write_text(module)
+    output = output_of(program(LOADING, how, backend)).strip()
+    if options:
+        assert "experiment starts worker processes" in output
+        assert "guard it by `if __name__ == '__main__':`" in output
+    else:
+        assert output == "4"
+    assert len({*(tmp_path / "started").read_text().split()}) <= 5
+
+
+@pytest.mark.slow
+def test_a_run_of_processes_that_is_not_read_as_it_is_loaded_is_no_error(
+    program, tmp_path
+):
+    module = """
+        import os
+        from yourpackage.distributed import Joblib
+
+        def where(task):
+            return os.getpid()
+
+        others = Joblib.setup(where, [1], 2, backend="loky")
+        more = Joblib.setup(where, [1], 2, initializer=print)
+    """
+    (tmp_path / "experiment.py").write_text(textwrap.dedent(module))
+    source = """
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            import experiment
+
+            print(len([*Joblib.setup(experiment.where, [1] * 4, 2)]))
+    """
+    assert output_of(program(source)) == "4\n"
+
+
 # ------------------------------------------------------------------------------------------------
 # Independent
 
