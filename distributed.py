@@ -1091,13 +1091,14 @@ class _Progress:
         steps = {math.isqrt(int(done / scale)) for done in (before, self.done)}
         stream = sys.stderr if self.verbose < 50 else sys.stdout
         if (
-            stream
-            and not stream.closed
+            stream is not None
+            and not getattr(stream, "closed", False)
             and (len(steps) > 1 or self.verbose > 10 or self.done == self.total)
         ):
             of = "" if self.total is None else f" out of {self.total:3d}"
             seconds = time.monotonic() - self.start
-            print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream, flush=True)
+            print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream)
+            getattr(stream, "flush", bool)()  # which not all have
 
 
 class _BatchSizes:
@@ -3079,11 +3080,12 @@ def _members(leaders: set[int]) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _standard_streams() -> Iterator[None]:
-    """Lend standard streams to those who flush them, if the program has closed them."""
+    """Lend standard streams to those who flush them, if those of the program fail."""
     with contextlib.ExitStack() as stack:
         for name in "stdout", "stderr":
-            stream = getattr(sys, name)
-            if stream is None or stream.closed:
+            try:
+                getattr(sys, name).flush()
+            except Exception:  # it is None, closed, or has no such method, say
                 sink = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(getattr(contextlib, f"redirect_{name}")(sink))
         yield
@@ -3118,14 +3120,12 @@ def _interrupts_later() -> Iterator[None]:
     """
     noted: list[int] = []
     handlers: dict[Any, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        found = {number: signal.getsignal(number) for number in _WAITING_SIGNALS}
-        handlers = {
-            number: found[number] for number in found if callable(found[number])
-        }
     mask: Any = getattr(signal, "pthread_sigmask", lambda *_: set())  # Windows
-    for number in handlers:
-        signal.signal(number, lambda number, _: noted.append(number))
+    with contextlib.suppress(ValueError):  # this is not Python's main thread
+        for number in _WAITING_SIGNALS:
+            if callable(handler := signal.getsignal(number)):
+                signal.signal(number, lambda number, _: noted.append(number))
+                handlers[number] = handler
     blocked = mask(getattr(signal, "SIG_BLOCK", 0), _WAITING_SIGNALS)
     try:
         yield
@@ -3598,8 +3598,13 @@ def _worker_functions() -> types.SimpleNamespace:
         the reading end anew, since what is asked for here is of an open file.
         """
         fcntl = importlib.import_module("fcntl")
-        own = os.open(f"/proc/self/fd/{line.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
-        line.close()
+        try:
+            path = f"/proc/self/fd/{line.fileno()}"
+            own = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:  # a sandbox without /proc, where it is left out
+            return
+        finally:
+            line.close()
         fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)

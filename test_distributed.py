@@ -1932,6 +1932,116 @@ def test_standard_streams_may_be_closed(program, tmp_path, closed, way):
     assert totals == ["36"] * (2 if way == "object" else 3)
 
 
+@pytest.mark.slow
+def test_standard_streams_may_have_few_methods(program, tmp_path):
+    source = """
+        import os, sys
+        from yourpackage.distributed import Joblib
+
+        class Console:
+            text = ""
+
+            def write(self, text):
+                type(self).text += text
+
+            def __len__(self):
+                return 0
+
+        class Flushed(Console):
+            def flush(self):
+                pass
+
+        if __name__ == "__main__":
+            real = sys.stdout, sys.stderr
+            for kind in Console, Flushed:
+                sys.stdout = sys.stderr = kind()
+                for backend in "loky", "multiprocessing", "threading":
+                    for verbose in 0, 11, 51:
+                        options = {"backend": backend, "verbose": verbose}
+                        assert sum(Joblib.setup(abs, range(4), 2, **options)) == 6
+                assert "Done   4 out of   4" in kind.text
+            sys.stdout, sys.stderr = real
+            print("over")
+    """
+    # Forks beside the threads of the run before make Python warn.
+    assert output_of(program(source, warnings="ignore")) == "over\n"
+
+
+OTHER_MAIN_THREAD = """
+    import os, sys
+
+    def work():
+        sys.path.insert(0, os.getcwd())
+        sys.modules["numpy"] = None  # it warns, in a subinterpreter
+        from yourpackage.distributed import Joblib
+
+        for backend in "loky", "threading":
+            results = Joblib.setup(abs, range(4), 2, backend=backend)
+            print(sum(results), flush=True)
+            results = Joblib.setup(abs, range(99999), 2, backend=backend)
+            next(results)
+            results.close()
+        Joblib.shutdown()
+
+    if __name__ == "__main__":
+        if sys.version_info >= (3, 13):
+            import _interpreters
+
+            with open(__file__) as file:
+                source = file.read().partition("if __name__")[0] + "work()"
+            print(_interpreters.exec(_interpreters.create("legacy"), source))
+        else:
+            import _thread, time
+
+            over = []
+            assert "threading" not in sys.modules  # it takes the first for the main one
+            _thread.start_new_thread(lambda: over.append(work()), ())
+            while not over:
+                time.sleep(0.01)
+            print(*over)
+"""
+
+
+@pytest.mark.once
+def test_the_main_thread_may_be_another_than_threading_takes_it_for(program):
+    assert output_of(program(OTHER_MAIN_THREAD)).split() == ["6", "6", "None"]
+
+
+@pytest.mark.slow
+def test_there_may_be_no_proc(program, tmp_path, monkeypatch):
+    hidden = """
+        import builtins, os
+
+        def hiding(function):
+            def call(path, *arguments, **options):
+                if str(path).startswith("/proc"):
+                    raise FileNotFoundError(2, "hidden", path)
+                return function(path, *arguments, **options)
+            return call
+
+        for owner, name in (os, "open"), (os, "stat"), (os, "listdir"), (builtins, "open"):
+            setattr(owner, name, hiding(getattr(owner, name)))
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(hidden))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    source = """
+        import multiprocessing, os, time
+        from yourpackage.distributed import Joblib
+
+        if __name__ == "__main__":
+            print(os.path.exists("/proc"))
+            for backend in "loky", "multiprocessing":
+                print(sum(Joblib.setup(abs, range(4), 2, backend=backend)))
+                results = Joblib.setup(time.sleep, [0, 3600, 3600], 2, backend=backend)
+                next(results)
+                results.close()
+            Joblib.shutdown()
+            print(multiprocessing.active_children())
+    """
+    output = output_of(program(source, warnings="ignore"))
+    assert output.splitlines() == ["False", "6", "6", "[]"]
+
+
 # ------------------------------------------------------------------------------------------------
 # Ends cleanly: interrupts
 
