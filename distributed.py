@@ -497,7 +497,8 @@ class Joblib(DistributedBackend):
                 *task_func*, reach worker processes in files that they map, read-only.
                 ``max_nbytes=None`` sends copies, ``mmap_mode="c"`` lets a task change
                 its own view. The file of an array that the program has let go is
-                removed when its batch has been read.
+                removed when its batch has been read. What is a view of a `numpy.memmap`
+                already stays mapped, unless its file may not have what it has.
             prefer, require
                 As in joblib.
 
@@ -1617,7 +1618,6 @@ _PRIVATE_NAMES = {
     # multiprocessing.process
     "_children": "to let a fork not stop its parent's workers",
     # joblib._memmapping_reducer
-    "get_memmapping_reducers": "to map large arrays",
     "_get_temp_dir": "to put files where joblib would",
     # joblib.parallel.ParallelBackendBase
     "_prepare_worker_env": "to limit the threads of libraries in workers",
@@ -2228,32 +2228,27 @@ class _Files:
         self.max_nbytes = math.inf if limit is None else limit
         self.mode = options.pop("mmap_mode")
         self.prewarm = options.pop("prewarm", False)
-        # Whoever has passed reducers does not want them changed.
-        for name in "forward_reducers", "backward_reducers":
-            options[name] = dict(options.get(name) or {})
         module = importlib.import_module("joblib._memmapping_reducer")
         self.place = _private(module, "_get_temp_dir")
-        # It copies arrays, and knows those that are mapped already.
-        self.reducers, self.result_reducers = _private(
-            module, "get_memmapping_reducers"
-        )(max_nbytes=None, mmap_mode=self.mode, unlink_on_gc_collect=False, **options)
-        numpy = sys.modules.get("numpy")  # joblib has imported it, if there is one
-        if numpy is not None:
-            self.copy = self.reducers[numpy.ndarray]
-            self.reducers[numpy.ndarray] = self.reducers[numpy.memmap] = self
+        # Copied, since whoever has passed reducers does not want them changed.
+        self.result_reducers = dict(options.get("backward_reducers") or {})
+        self.reducers = {
+            **(options.get("forward_reducers") or {}),
+            **_WORKER.array_reducers(self),
+        }
 
     def __call__(self, array: Any) -> Any:
         self.weight += array.nbytes
-        base = array
-        while base is not None and not isinstance(base, mmap.mmap):
-            base = getattr(base, "base", None)
-        if base is not None or array.nbytes <= self.max_nbytes or array.dtype.hasobject:
-            return self.copy(array)
+        mapping = _WORKER.mapping_of(array)
+        if mapping is not None:
+            return mapping
+        if array.nbytes <= self.max_nbytes or array.dtype.hasobject:
+            return _WORKER.copy_of(array)
         self.kept.append(array)
         drop, file = self.files.get(id(array), (None, ""))
         if drop is None or not drop.alive:
             file = self.written(array)
-        return joblib.load, (file, self.mode)
+        return joblib.load, (file, self.mode, False)  # in its own byte order
 
     def written(self, array: Any) -> str:
         """Put an array into a file, which goes with it."""
@@ -3376,6 +3371,7 @@ def _worker_functions() -> types.SimpleNamespace:
         reduction = importlib.import_module("joblib.externals.loky.backend.reduction")
         kind = reduction.get_loky_pickler()
         override = getattr(kind, "reducer_override", None)  # LOKY_PICKLER may have none
+        reducers = {**array_reducers(copy_of), **reducers}
 
         class Pickler(kind):  # type: ignore[misc, valid-type]
             only_plain = False
@@ -3456,6 +3452,74 @@ def _worker_functions() -> types.SimpleNamespace:
             data = dumped((builtin, *builtin.__reduce__(error)))
         return data, members, summary, text
 
+    # ---- arrays of numpy, in tasks and in results
+
+    def array_reducers(reducer: Any) -> Any:
+        """Return reducers that pickle arrays by *reducer*, if there is numpy."""
+        numpy: Any = sys.modules.get("numpy")  # which joblib has imported
+        kinds = () if numpy is None else (numpy.ndarray, numpy.memmap)
+        return dict.fromkeys(kinds, reducer)
+
+    def reduce_array(array: Any) -> Any:
+        return mapping_of(array) or copy_of(array)
+
+    def copy_of(array: Any) -> Any:
+        """Reduce an array to its data; that of a memmap becomes an ndarray."""
+        plain = sys.modules["numpy"].asarray(array)
+        # numpy keeps the order of bytes of what is contiguous only.
+        plain = plain if plain.flags.forc else plain.copy()
+        return plain.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+    def mapping_of(array: Any) -> Any:
+        """Reduce a view of a memory-mapped file to its place there, or return None.
+
+        joblib's own reducer drops the strides of contiguous views. It also maps what
+        may differ by now: private changes, and a file that another has replaced.
+        """
+        numpy: Any = sys.modules["numpy"]
+        root = array
+        while not isinstance(getattr(root, "base", None), (mmap.mmap, type(None))):
+            root = root.base
+        if not (
+            isinstance(root, numpy.memmap)
+            and isinstance(root.base, mmap.mmap)
+            and root.mode in ("r", "r+", "w+")  # with "c", changes are private
+            and root.flags.forc
+            and array.nbytes
+            and is_current(root)
+        ):
+            return None
+        first = address_of(array) - address_of(root)
+        steps = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+        low = first + sum(step for step in steps if step < 0)
+        high = first + sum(step for step in steps if step > 0) + array.itemsize
+        if low < 0 or high > root.nbytes:  # as_strided() checks nothing
+            return None
+        if array.flags.forc:
+            mode = "r+" if array.flags.writeable else "r"
+            order = "C" if array.flags.c_contiguous else "F"
+            place = root.filename, array.dtype, mode, root.offset + low
+            return numpy.memmap, (*place, array.shape, order)
+        part = root.ravel("K").view("u1")[low:high]  # which is contiguous
+        layout = part, first - low, array.strides
+        return numpy.ndarray, (array.shape, array.dtype, *layout)
+
+    def address_of(array: Any) -> int:
+        return int(array.__array_interface__["data"][0])
+
+    def is_current(root: Any) -> bool:
+        """Tell whether what a memmap has mapped is still the file of that name."""
+        start = address_of(root) - root.offset % mmap.ALLOCATIONGRANULARITY
+        end = start + -(-len(root.base) // mmap.PAGESIZE) * mmap.PAGESIZE
+        try:
+            file: str = os.path.realpath(root.filename)
+            size: int = root.base.size()
+            with contextlib.suppress(OSError):  # this is not Linux, say
+                return os.readlink(f"/proc/self/map_files/{start:x}-{end:x}") == file
+            return os.path.getsize(file) == size
+        except (OSError, TypeError):  # it has no name
+            return False
+
     # ---- worker processes of loky and multiprocessing
 
     def serve(
@@ -3471,6 +3535,7 @@ def _worker_functions() -> types.SimpleNamespace:
         if line is not None:
             hold_life_line(line)
         os.environ.update(env)
+        reducers = {**reducers, **array_reducers(reduce_array)}
         server = Server(connection, functools.partial(make_dump, reducers, by_name))
         sys.modules[_WORKER_MODULE] = cast(Any, server)
         # To forget a function need not look at what is there already. PyPy has none.

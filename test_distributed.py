@@ -5322,6 +5322,162 @@ def test_what_is_large_in_a_function_lies_in_the_folder_of_the_run(processes, tm
     assert list(tmp_path.iterdir()) == []
 
 
+# Expressions for arrays, and for views of them; {} stands for what the view is of.
+ROOTS = [
+    "numpy.memmap(file, dtype, mode, offset, shape, order)",
+    "numpy.asarray(numpy.memmap(file, dtype, mode, offset, shape, order))",
+    "numpy.array(numpy.memmap(file, dtype, 'r', offset, shape, order))",
+]
+VIEWS = [
+    "{}.T",
+    "{}.swapaxes(0, -1)",
+    "{}[::-1]",
+    "{}[..., ::-2]",
+    "{}[1:]",
+    "{}[:, 1:]",
+    "{}[::2]",
+    "{}[:0]",
+    "{}[..., :1]",
+    "{}[..., None]",
+    "{}['x']",
+    "{}.real",
+    "{}.view('u1')",
+    "{}.reshape(-1)",
+    "{}.reshape(-1, order='F')",
+    "{0}.reshape({0}.shape if {0}.size != 1 else ())",
+    "numpy.broadcast_to({0}, (2, *{0}.shape))",
+]
+
+
+DTYPES = ["u1", ">i4", "f8", "c16", "M8[s]", "S3", [("x", "f8"), ("y", "i2")]]
+
+
+def array_expression(root, views, **names):
+    """Return an expression for a view of an array; views that it has not are left out."""
+    expression = re.sub("|".join(names), lambda name: repr(names[name.group()]), root)
+    for view in views:
+        with contextlib.suppress(IndexError, ValueError):
+            eval(view.format(expression), {"numpy": numpy})
+            expression = view.format(expression)
+    return expression
+
+
+def array_expressions(file):
+    return st.builds(
+        array_expression,
+        st.sampled_from(ROOTS),
+        st.lists(st.sampled_from(VIEWS), max_size=4),
+        file=st.just(str(file)),
+        dtype=st.sampled_from(DTYPES),
+        mode=st.sampled_from(["r", "r+", "c"]),
+        offset=st.sampled_from([0, 3, 5000]),
+        shape=st.sampled_from([(), (1,), (9,), (3, 4), (4, 3, 5)]),
+        order=st.sampled_from("CF"),
+    )
+
+
+def check_that_arrays_arrive_equal(setup, expressions, **options):
+    """Check it of tasks, of what the function has, and of results."""
+    made = lambda expression: eval(expression, {"numpy": __import__("numpy")})
+    content = lambda array: (array.dtype, array.shape, array.tobytes())
+    arrays = [made(expression) for expression in expressions]
+    expected = [content(array) for array in arrays]
+    options["return_as"] = "generator"
+    assert list(setup(content, arrays, **options)) == expected
+    in_function = lambda index: content(arrays[index])
+    assert list(setup(in_function, range(len(arrays)), **options)) == expected
+    results = setup(made, expressions, **options)
+    assert [content(array) for array in results] == expected
+
+
+def test_any_view_of_an_array_arrives_equal(setup, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 4)
+    names = {"file": str(tmp_path / "file"), "mode": "r", "offset": 3, "shape": (3, 4)}
+    choices = itertools.product(ROOTS, VIEWS, DTYPES, "CF")
+    expressions = [
+        array_expression(root, [view], dtype=dtype, order=order, **names)
+        for root, view, dtype, order in choices
+    ]
+    check_that_arrays_arrive_equal(setup, expressions)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_any_view_of_any_view_arrives_equal(backend, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 40)
+    setup = functools.partial(Joblib.setup, num_workers=2, backend=backend)
+
+    @settings(deadline=None, max_examples=30)
+    @given(
+        st.lists(array_expressions(tmp_path / "file"), min_size=1, max_size=12),
+        st.sampled_from([None, 20, 10**6]),
+        st.sampled_from(["r", "c", None]),
+    )
+    def check(expressions, max_nbytes, mmap_mode):
+        options = {"max_nbytes": max_nbytes, "mmap_mode": mmap_mode}
+        check_that_arrays_arrive_equal(setup, expressions, **options)
+
+    check()
+
+
+# What makes a memmap of eight numbers in *folder* whose file does not have what it has.
+NOT_IN_THE_FILE = {
+    "no name": """
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(64))
+            array = numpy.memmap(file, "f8", "r+")
+    """,
+    "removed": """
+        array = numpy.memmap(folder / "file", "f8", "w+", shape=8)
+        (folder / "file").unlink()
+    """,
+    "replaced": """
+        array = numpy.memmap(folder / "file", "f8", "w+", shape=8)
+        (folder / "other").write_bytes(bytes(64))
+        (folder / "other").replace(folder / "file")
+    """,
+    "private": """
+        (folder / "file").write_bytes(bytes(64))
+        array = numpy.memmap(folder / "file", "f8", "c")
+    """,
+}
+
+
+@pytest.mark.parametrize("source", NOT_IN_THE_FILE.values(), ids=NOT_IN_THE_FILE)
+@pytest.mark.parametrize("max_nbytes", [None, 10])
+def test_what_a_file_does_not_have_arrives(
+    pickling_setup, tmp_path, source, max_nbytes
+):
+    def made(numbers):
+        names = {"folder": tmp_path}
+        code = compile(f"import numpy, tempfile\n{textwrap.dedent(source)}", "", "exec")
+        eval(code, names)
+        names["array"][:] = numbers
+        return names["array"]
+
+    array = made(range(8))
+    options = {"max_nbytes": max_nbytes, "return_as": "generator"}
+    results = pickling_setup(list, [array, array[::2]], **options)
+    assert list(results) == [[*range(8)], [0, 2, 4, 6]]
+    assert list(pickling_setup(lambda _: list(array), [0], **options)) == [[*range(8)]]
+    (result,) = pickling_setup(made, [range(8)], **options)
+    assert list(result) == [*range(8)]
+
+
+def test_what_a_task_changes_in_its_own_view_is_in_its_result(processes):
+    tasks = [numpy.zeros(9), numpy.zeros((3, 3)).T, numpy.zeros(9)[::-1]]
+    change = lambda array: array.__iadd__(7)
+    results = list(processes(change, tasks, max_nbytes=10, mmap_mode="c"))
+    assert [array.sum() for array in results] == [63] * 3
+
+
+def test_a_task_changes_a_mapped_array_of_the_program(processes, tmp_path):
+    array = numpy.memmap(tmp_path / "file", "i4", "w+", shape=(4, 3))
+    views = [array[:1], array[1:2].T, array[2:3, ::-1], array[3:, ::2]]
+    change = lambda view: view.__iadd__(numpy.arange(view.size).reshape(view.shape))
+    assert len(list(processes(change, views))) == 4
+    assert array.tolist() == [[0, 1, 2], [0, 1, 2], [2, 1, 0], [0, 0, 1]]
+
+
 def bytes_in(folder):
     total = 0
     for path in folder.rglob("*"):
