@@ -1888,10 +1888,9 @@ class _Remote(_Engine):
         cannot be unpickled.
         """
         # To unpickle a task is part of the time that it may take.
-        only_plain = self.limit is not None
-        if not (apart or (only_plain and type(tasks[0]) not in _PLAIN)):
+        if not (apart or (self.limit is not None and not _WORKER.are_plain(tasks))):
             with contextlib.suppress(Exception):
-                return bytes(self.dump(tasks, _TOGETHER, only_plain))
+                return bytes(self.dump(tasks, _TOGETHER))
         parts = []
         for index, task in enumerate(tasks):
             try:
@@ -3152,6 +3151,7 @@ _MORE, _DONE, _UNREADABLE, _OVERDUE = b"+", b".", b"?", b"!"
 
 # Types of which nothing can fail to be pickled or unpickled.
 _PLAIN = frozenset((bool, bytes, complex, float, int, str, type(None)))
+_CONTAINERS = frozenset((dict, frozenset, list, set, tuple))
 
 
 def _worker_functions() -> types.SimpleNamespace:
@@ -3259,9 +3259,8 @@ def _worker_functions() -> types.SimpleNamespace:
         def send(self, results: list[Any], failures: Any) -> None:
             """Send results that there are, and forget them."""
             count = len(results)  # there may be more in a moment
-            are_plain = _PLAIN.issuperset(map(type, results[:count]))
             # Others may take long to pickle: each is a sign of its own.
-            size = count if are_plain and not failures else 1
+            size = count if are_plain(results[:count]) and not failures else 1
             for start in range(0, count, size):
                 found = {0: failures.pop(start)} if start in failures else {}
                 part = results[start : start + size]
@@ -3322,22 +3321,47 @@ def _worker_functions() -> types.SimpleNamespace:
         results: list[Any], failures: Any, dump: Any, first: bytes, signs: Any = None
     ) -> bytes:
         """Pickle results: apart, if one of them could cost others."""
-        how, parts = "together", results
-        if failures or not _PLAIN.issuperset(map(type, results)):
-            how, parts = "apart", []
-            if signs is not None:
-                signs.watched = parts
-            for index, result in enumerate(results):
-                parts.append(None)
-                try:
-                    parts[-1] = None if index in failures else dump(result)
-                except BaseException as error:
-                    failure = pickle.PicklingError(
-                        f"the result cannot be pickled: {told(error)}"
-                    )
-                    failure.__cause__ = error
-                    failures[index] = pack_error(failure, dump)
-        return cast(bytes, dump((how, parts, failures), first))
+        with contextlib.suppress(Exception):  # one is nested too deeply, say
+            if not failures and are_plain(results):
+                return cast(bytes, dump(("together", results, failures), first))
+        parts: list[Any] = []
+        if signs is not None:
+            signs.watched = parts
+        for index, result in enumerate(results):
+            parts.append(None)
+            try:
+                parts[-1] = None if index in failures else dump(result)
+            except BaseException as error:
+                failure = pickle.PicklingError(
+                    f"the result cannot be pickled: {told(error)}"
+                )
+                failure.__cause__ = error
+                failures[index] = pack_error(failure, dump)
+        return cast(bytes, dump(("apart", parts, failures), first))
+
+    def are_plain(values: list[Any]) -> bool:
+        """Tell whether it makes no difference if values are pickled as one.
+
+        That is so if they hold nothing but plain values in containers, and share none
+        that can be changed. Of many parts it is not worth finding out.
+        """
+        most = 100 * len(values)
+        seen: set[int] = set()  # ids of containers that can be changed
+        count = 0  # of the same
+        while len(values) <= most:
+            if _PLAIN.issuperset(map(type, values)):
+                return True
+            values = [value for value in values if type(value) not in _PLAIN]
+            if not _CONTAINERS.issuperset(map(type, values)):
+                return False
+            ids = [id(value) for value in values if type(value) is not tuple]
+            seen.update(ids)
+            count += len(ids)
+            if len(seen) < count:
+                return False
+            # Each tuple once, or nested ones that share others would take for ever.
+            values = gc.get_referents(*{id(value): value for value in values}.values())
+        return False
 
     def unreadable(what: str, error: BaseException) -> Exception:
         """Return an error that says what cannot be unpickled, and what to do."""
@@ -3365,8 +3389,7 @@ def _worker_functions() -> types.SimpleNamespace:
 
     def make_dump(reducers: Any, by_name: bool = False) -> Any:
         """Return a function that pickles like joblib, by one pickler, as to make one is
-        slow. *by_name*: what is the program's own, as if it were of a module. With
-        *only_plain*, what is more than values and containers of Python is an error.
+        slow. *by_name*: what is the program's own, as if it were of a module.
         """
         reduction = importlib.import_module("joblib.externals.loky.backend.reduction")
         kind = reduction.get_loky_pickler()
@@ -3374,11 +3397,7 @@ def _worker_functions() -> types.SimpleNamespace:
         reducers = {**array_reducers(copy_of), **reducers}
 
         class Pickler(kind):  # type: ignore[misc, valid-type]
-            only_plain = False
-
             def reducer_override(self, value: Any) -> Any:
-                if self.only_plain:
-                    raise pickle.PicklingError("it is not plain")
                 if by_name and isinstance(value, (type, types.FunctionType)):
                     found: Any = sys.modules.get("__main__")
                     for name in value.__qualname__.split("."):
@@ -3388,15 +3407,23 @@ def _worker_functions() -> types.SimpleNamespace:
                 return override(self, value) if override else NotImplemented
 
         buffer = io.BytesIO()
-        pickler = Pickler(buffer, reducers=reducers, protocol=pickle.HIGHEST_PROTOCOL)
 
-        def dump(value: Any, first: bytes = b"", only_plain: bool = False) -> bytes:
+        def new_pickler() -> Any:
+            options = {"reducers": reducers, "protocol": pickle.HIGHEST_PROTOCOL}
+            return Pickler(buffer, **options)
+
+        pickler = new_pickler()
+
+        def dump(value: Any, first: bytes = b"") -> bytes:
+            nonlocal pickler
             buffer.write(first)
-            pickler.only_plain = only_plain
             try:
                 pickler.dump(value)
                 return buffer.getvalue()
             finally:  # keep nothing of it
+                # The table of its memo never shrinks, and all of it is cleared.
+                if sys.getsizeof(pickler, 0) > 200_000:
+                    pickler = new_pickler()
                 pickler.clear_memo()
                 buffer.seek(0)
                 buffer.truncate()

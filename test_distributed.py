@@ -5057,6 +5057,80 @@ def test_batches_of_heavy_tasks_do_not_grow(tmp_path):
     assert max(CountingLoky.submitted) <= 8
 
 
+def counting_loads(data, loads=pickle.loads):
+    pickle.calls += 1
+    return loads(data)
+
+
+COUNT_LOADS = f"""
+import pickle
+pickle.calls = 0
+{inspect.getsource(counting_loads)}
+pickle.loads = counting_loads
+"""
+
+PLAIN_TASKS = {
+    "pair": "(number, str(number))",
+    "list": "[number, None]",
+    "nested": "({'a': [number, 1.5]}, {(number, b'')}, 1j)",
+}
+
+
+@pytest.mark.parametrize("source", PLAIN_TASKS.values(), ids=PLAIN_TASKS)
+def test_plain_tasks_and_results_are_not_unpickled_one_by_one(processes, source):
+    function = lambda task: (__import__("pickle").calls, task)
+    tasks = [eval(source, {"number": number}) for number in range(400)]
+    options = {"initializer": exec, "initargs": (COUNT_LOADS, {}), "timeout": 60}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pickle, "calls", 0, raising=False)
+        patch.setattr(pickle, "loads", counting_loads)
+        results = list(processes(function, tasks, batch_size=100, **options))
+        assert pickle.calls < 100
+    counts, received = zip(*results, strict=True)
+    assert sorted(map(repr, received)) == sorted(map(repr, tasks))
+    assert max(counts) < 100
+
+
+def test_results_of_a_batch_share_nothing(pickling_setup):
+    shared = {"list": []}
+    function = lambda task: [task, (shared, shared), shared["list"]]
+    results = sorted(pickling_setup(function, range(8), batch_size=8))
+    for number, result in enumerate(results):
+        assert result == [number, ({"list": []}, {"list": []}), []]
+        assert result[1][0] is result[1][1]
+        assert result[1][0]["list"] is result[2]
+        result[2].append(number)
+
+
+def test_results_of_a_batch_are_what_they_would_be_alone(pickling_setup):
+    def function(task):
+        import collections
+
+        ring, deep, wide = [task], [], (task,)
+        ring.append(ring)
+        for _ in range(100_000):
+            deep = [deep]
+        for _ in range(100):
+            wide = (wide, wide)
+        if isinstance(task, str):
+            return {"ring": ring, "deep": deep, "wide": wide}[task]
+        kinds = set, collections.Counter, frozenset, bytearray
+        return kinds[task]([task])
+
+    tasks = ["ring", *range(1, 4), "deep", "wide", "ring"]
+    options = {"errors": "return", "batch_size": 7, "return_as": "generator"}
+    results = list(pickling_setup(function, tasks, **options))
+    for ring in results[0], results[6]:
+        assert ring[1] is ring
+    assert results[0] is not results[6]
+    assert list(map(type, results[1:4])) == [Counter, frozenset, bytearray]
+    assert isinstance(results[4].error, pickle.PicklingError)
+    wide = results[5]
+    while wide != ("wide",):
+        assert wide[0] is wide[1]
+        wide = wide[0]
+
+
 def test_a_formula_that_comes_to_nothing(monkeypatch):
     with pytest.raises(
         ValueError, match="pre_dispatch must come to 1 or more, got 'n_jobs - 2'"
