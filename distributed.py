@@ -2614,16 +2614,17 @@ class _Worker:
 
     def launch(self) -> None:
         """Start a process."""
-        _start_trackers(self.recipe.context.get_start_method())
-        with _starting, _interrupts_later(), _standard_streams():
+        with _starting, _standard_streams():
             if self.is_stopped:
                 raise EOFError("the pool has been stopped")
             _occupy_standard_streams()
+            _start_helpers(self.recipe.context.get_start_method())
             self.connection, theirs = multiprocessing.Pipe()
             _our_ends.add(self.connection)
             try:
                 self.process = self.recipe.process(theirs)
-                self.process.start()
+                with _signals_blocked():
+                    self.process.start()
             finally:
                 theirs.close()
             self.surroundings = None
@@ -2784,15 +2785,17 @@ class _Worker:
         self.bury()
 
 
-def _start_trackers(start_method: str) -> None:
-    """Start what Python and loky start with the first worker.
+def _start_helpers(start_method: str) -> None:
+    """Start the processes that Python and loky start with the first worker.
 
-    They unblock interrupts when they have done that, which is too early for a worker.
+    They stay, and must not inherit the signals that are blocked while a worker starts.
     """
     if os.name == "posix" and start_method != "fork":
         importlib.import_module("multiprocessing.resource_tracker").ensure_running()
         if start_method == "loky":
             _loky("backend.resource_tracker").ensure_running()
+        elif start_method == "forkserver":
+            importlib.import_module("multiprocessing.forkserver").ensure_running()
 
 
 class _InitializerError(Exception):
@@ -3098,37 +3101,49 @@ def _occupy_standard_streams() -> None:
 # Those by which programs are usually told to end, and whose handlers may raise.
 _WAITING_SIGNALS = tuple(
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    for name in ("SIGHUP", "SIGTERM", "SIGINT")
     if hasattr(signal, name)
 )
 
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Let an interrupt wait until this is over, in this thread and in new processes.
+    """Delay the handlers of the signals that end a program until this is over.
 
-    So does what else ends a program, since Python drops what a handler raises in the
-    middle of a fork. Processes unblock it when they are ready. To block it is not
-    enough here, since another thread may take the signal, and Python calls the handler
-    in the main thread then.
+    Otherwise they might raise in the middle of a start, or of a fork, where Python
+    drops what they raise. The signals are not blocked: the threads that are started
+    here would inherit that, and so would the programs that tasks start in them.
     """
     noted: list[int] = []
     handlers: dict[Any, Any] = {}
+    try:
+        with contextlib.suppress(ValueError):  # this is not Python's main thread
+            # SIGINT is the last, since its handler raises as soon as it is restored.
+            for number in _WAITING_SIGNALS:
+                if callable(handler := signal.getsignal(number)):
+                    signal.signal(number, lambda number, _: noted.append(number))
+                    handlers[number] = handler
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in noted:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block the signals that end a program in a worker process that is started here.
+
+    It unblocks them once it takes no part in what happens at the terminal (see
+    `lead_session`). Nothing else may be started here, as it would inherit the mask.
+    """
     mask: Any = getattr(signal, "pthread_sigmask", lambda *_: set())  # Windows
-    with contextlib.suppress(ValueError):  # this is not Python's main thread
-        for number in _WAITING_SIGNALS:
-            if callable(handler := signal.getsignal(number)):
-                signal.signal(number, lambda number, _: noted.append(number))
-                handlers[number] = handler
     blocked = mask(getattr(signal, "SIG_BLOCK", 0), _WAITING_SIGNALS)
     try:
         yield
     finally:
         mask(getattr(signal, "SIG_SETMASK", 0), blocked)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in noted:
-            signal.raise_signal(number)
 
 
 # --------------------------------------------------------------------------------------

@@ -1560,6 +1560,54 @@ def test_whoever_has_the_id_of_a_worker_that_is_gone_is_left_alone():
     assert stopped is None
 
 
+def blocked(task=None):
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_program_that_a_task_in_a_thread_has_started_can_be_terminated():
+    assert blocked() == set()
+    assert list(Joblib.setup(blocked, range(4), 2, backend="threading")) == [set()] * 4
+    command = "timeout", "0.1", "sleep", "3600"  # which waits for a signal
+    (code,) = Joblib.setup(run, [shell(*command)], 2, backend="threading")
+    assert code == 124
+
+
+# What is started inherits the signals that its thread has blocked.
+BLOCKED = """
+def blocked(task=None):
+    return [*signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+
+def nested(task):
+    return blocked(), *Joblib.setup(blocked, range(2), 2)  # in threads
+
+def child():
+    print(blocked(), flush=True)
+
+def of_all_threads():
+    paths = pathlib.Path("/proc/self/task").glob("*/status")
+    texts = [path.read_text().partition("SigBlk:")[2] for path in paths]
+    return {int(text.split()[0], 16) for text in texts}
+
+if __name__ == "__main__":
+    results = Joblib.setup(nested, itertools.count(), 2, backend=backend)
+    print(next(results))
+    own = multiprocessing.Process(target=child)
+    own.start()
+    own.join()
+    print(of_all_threads())
+    results.close()
+    list(Joblib.setup(abs, range(4), 2, backend=backend))  # whose workers are idle
+    print(of_all_threads())
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
+def test_nothing_that_is_started_blocks_signals(begun):
+    output = output_of(begun(BLOCKED, warnings="ignore"))
+    assert output == "([], [], [])\n[]\n{0}\n{0}\n"
+
+
 LEAVES_THREADS = """
 def leave_thread(task):
     threading.Thread(target=threading.Event().wait).start()
