@@ -456,7 +456,9 @@ class Joblib(DistributedBackend):
                 and go on. The other tasks of its batch are run all the same. A worker
                 that dies, or a time-out, costs those tasks of its batch that are not
                 known to be done: with ``batch_size=1``, one. None is run twice, but on
-                Dask. Errors of *tasks*, of an *initializer* and of pickling
+                Dask. A worker that dies or fails as it loads *task_func* costs a batch,
+                too, and a fresh one is started for the next; the run ends if no worker
+                has loaded it yet, or after three in a row. Errors of *tasks*, of an *initializer* and of pickling
                 *task_func*, and what a debugger raises to be left, still end the run.
             timeout : float, optional
                 Seconds that one task may take in its worker process; it is killed then,
@@ -1822,6 +1824,15 @@ def _unpacked_error(packed: Any, note: str = "") -> BaseException:
     return error
 
 
+def _told_more(error: BaseException, text: str) -> BaseException:
+    """Return *error* with more text, if it is one that this file has made."""
+    if type(error) not in (BrokenProcessPool, _TaskTimeoutError):
+        return error
+    more = type(error)(f"{error}{text}")
+    more.__cause__ = error.__cause__
+    return more
+
+
 def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any:
     """Make an error of class *kind* by the methods of its built-in base class alone."""
     error = builtin.__new__(kind, *args)
@@ -1913,7 +1924,8 @@ class _Remote(_Engine):
         for reply in outcome.replies:
             kind, results, failed = pickle.loads(memoryview(reply)[1:])
             if kind == "no function":
-                return [], {}, _Failure(_unpacked_error(failed), ends_run=True)
+                error = _unpacked_error(failed)
+                return [], {}, _Failure(error, ends_run=outcome.ends_run)
             failures.update((len(received) + index, failed[index]) for index in failed)
             if kind == "apart":
                 self.unpickle(results, failures, len(received))
@@ -1961,6 +1973,7 @@ class _Outcome(NamedTuple):
 
     replies: list[Any]
     failure: _Failure | None = None
+    ends_run: bool = True  # if the function could not be loaded
 
     def is_unreadable(self) -> bool:
         return self.replies[-1:] == [_UNREADABLE]
@@ -2395,9 +2408,7 @@ class _Processes(_Remote):
             return error
         if type(error) not in (BrokenProcessPool, _TaskTimeoutError):
             return super().explained(failure, rest)
-        explained = type(error)(f"{error}. {rest}")
-        explained.__cause__ = error.__cause__
-        return explained
+        return _told_more(error, f". {rest}")
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         pool, self.pool = self.pool, None
@@ -2526,6 +2537,9 @@ _PATIENCE = 3
 # Seconds that it has to start, or *timeout*, if that is more; for ever without it.
 _START_PATIENCE = 60
 
+# Starts that may fail in a row, at each of its places, before it is left empty.
+_MOST_FAILED_STARTS = 3
+
 
 class _Recipe(NamedTuple):
     """How to start the workers of a pool."""
@@ -2566,6 +2580,8 @@ class _Function:
         self.limit = math.inf if limit is None else limit
         self.patience = max(self.limit, _START_PATIENCE)  # for a worker to start
         self.returns_errors = engine.returns_errors
+        self.was_loaded = False  # by any worker
+        self.dispensable = [None] * (engine.workers - 1)  # one for each attendant
         self.last_number = math.inf  # of a batch: its failure ends the run
         self.is_over = False  # its run has ended: idle workers are to forget it
 
@@ -2610,7 +2626,9 @@ class _Worker:
         self.is_stopped = False
         self.function: Any = None  # that the process has
         self.done = 0  # tasks
-        self.failure: _Failure | None = None  # no process could be started
+        self.failure: _Failure | None = None  # the process could not be started
+        self.failed_starts = 0  # in a row
+        self.has_given_up = False
 
     def launch(self) -> None:
         """Start a process."""
@@ -2651,43 +2669,76 @@ class _Worker:
     def outcome_of(self, job: _Job) -> Any:
         """Have a job done, by a fresh process if need be."""
         replies: list[bytes] = []
+        function = job.function
         try:
             if self.process is not None and self.process.exitcode is not None:
                 self.bury()  # it was idle
             if self.done and self.done + job.size > self.recipe.most_tasks:
                 self.retire()
             if self.process is None and self.failure is None:
-                self.start(job.function.patience)
+                self.start(function.patience)
             if self.failure is not None:
-                return self.failure
-            if self.function is not job.function:
+                failure, self.failure = self.failure, None
+                return self.failed(job, replies, failure, is_start=True)
+            if self.function is not function:
                 self.function, self.is_ready = None, False
-                self.limit_stalls(job.function)
-                self.connection.send_bytes(job.function.message)
-                reply = self.receive(job.function.patience)
+                self.limit_stalls(function)
+                self.connection.send_bytes(function.message)
+                reply = self.receive(function.patience)
                 self.is_ready = True
                 if reply != _DONE:
-                    return _Outcome([reply])
-                self.function = job.function
+                    return _Outcome([reply], ends_run=self.start_ends_run(function))
+                self.function = function
+                function.was_loaded, self.failed_starts = True, 0
             self.connection.send_bytes(job.message)
             self.done += job.size
-            limit = job.function.limit
+            limit = function.limit
             if job.size > 1:
                 # The worker itself sees to it, unless a task holds the interpreter's
                 # lock: then it tells that it lives after every other task.
-                limit = 2 * limit + job.function.slack
+                limit = 2 * limit + function.slack
             reply = _MORE
             while reply[:1] == _MORE:
                 reply = self.receive(limit)
                 if reply != _MORE:
                     replies.append(reply)
         except Exception as error:
-            function = job.function
-            if not function.returns_errors:
-                function.last_number = min(function.last_number, job.number)
+            is_start = not self.is_ready
             failure = self.bury_and_explain(error, function.patience, function.limit)
-            return _Outcome(replies, failure)
+            return self.failed(job, replies, failure, is_start=is_start)
         return _Outcome(replies)
+
+    def failed(
+        self, job: _Job, replies: list[bytes], failure: _Failure, *, is_start: bool
+    ) -> _Outcome:
+        """Return the outcome of a batch whose worker has failed."""
+        function = job.function
+        if is_start and not failure.ends_run and self.start_ends_run(function):
+            failure.ends_run = True
+            if self.failed_starts >= _MOST_FAILED_STARTS:
+                text = f"{self.failed_starts} workers in a row have failed to start"
+                failure.error = _told_more(failure.error, f"; {text}")
+        if failure.ends_run or not function.returns_errors:
+            function.last_number = min(function.last_number, job.number)
+        return _Outcome(replies, failure)
+
+    def start_ends_run(self, function: Any) -> bool:
+        """Tell whether a start that has failed ends the run, or costs its batch only.
+
+        If no worker has loaded the function yet, others would fail as well. Afterwards,
+        starts go on, until several have failed in a row; then the other attendants go
+        on, unless this is the last.
+        """
+        self.failed_starts += 1
+        if not function.was_loaded:
+            return True
+        if self.failed_starts >= _MOST_FAILED_STARTS:
+            try:
+                function.dispensable.pop()  # atomic, as attendants are threads
+            except IndexError:
+                return True
+            self.has_given_up = True
+        return False
 
     def limit_stalls(self, function: Any) -> None:
         """Let no message wait for ever for a worker in its midst, if there is a limit."""
@@ -2746,7 +2797,7 @@ class _Worker:
                 hidden = ", ".join(filter(os.path.exists, names)) or "none"
                 what = "Files of the current directory that hide modules of Python"
                 _set_cause(error, f"{what}, which it may need: {hidden}")
-        return _Failure(error, ends_run=not is_ready)
+        return _Failure(error)
 
     def forget(self) -> None:
         """Let an idle worker keep nothing of a run that has ended."""
@@ -2833,6 +2884,8 @@ def _attend(
             outcome = _Failure(error, ends_run=True)
         job.report(outcome)
         del job, outcome
+        if worker.has_given_up:
+            break
     worker.leave()
 
 
@@ -2902,7 +2955,8 @@ class _Pool:
     def is_sound(self, worker: _Worker) -> bool:
         """Tell whether it could be started, and as it would have been at first."""
         is_elsewhere = worker.process and worker.surroundings != self.key[0]
-        return worker.failure is None and not is_elsewhere
+        has_failed = worker.failure is not None or worker.has_given_up
+        return not (has_failed or is_elsewhere)
 
     def stop(self, *, kill: bool = False) -> None:
         """Let the workers leave, which are idle; or kill them.

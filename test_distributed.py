@@ -4221,6 +4221,82 @@ def test_a_new_worker_has_the_function_and_its_arrays(processes, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class FailsToLoad:
+    """Fails to load, by an expression, once for each file that is in a folder."""
+
+    def __init__(self, folder, expression):
+        self.folder, self.expression = folder, expression
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        for name in os.listdir(self.folder)[:1]:
+            os.unlink(os.path.join(self.folder, name))
+            eval(self.expression)
+
+    def run(self, task):
+        return eval(task)
+
+
+@pytest.fixture
+def fails_to_load(tmp_path):
+    """Return a function, and a task: it dies, as do so many workers after its own."""
+    folder = tmp_path / "failures"
+    folder.mkdir()
+
+    def make(count, expression=KILL):
+        files = [f"open({str(folder / str(n))!r}, 'w').close()" for n in range(count)]
+        dies = f"({', '.join(files)}, {KILL})"
+        return by_value(FailsToLoad)(str(folder), expression).run, dies
+
+    return make
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("expression", "error_type"),
+    [(KILL, BrokenExecutor), ("1 / 0", pickle.UnpicklingError)],
+)
+def test_a_new_worker_that_fails_to_load_the_function_costs_its_batch(
+    processes, fails_to_load, expression, error_type, count
+):
+    function, dies = fails_to_load(count, expression)
+    tasks = [value(0), dies, *map(value, range(2, 9))]
+    options = {"num_workers": 1, "errors": "return", "batch_size": 1}
+    results = list(processes(function, tasks, **options))
+    failed, others = numbers_of(results)
+    assert (failed, others) == ([1, 2, 3][: count + 1], [0, *range(2 + count, 9)])
+    for result in results[2 : 2 + count]:
+        assert isinstance(result.error, error_type)
+
+
+@pytest.mark.once
+def test_a_run_ends_if_several_new_workers_in_a_row_fail(processes, fails_to_load):
+    function, dies = fails_to_load(99)
+    tasks = [value(0), dies, *map(value, range(2, 99))]
+    options = {"num_workers": 1, "errors": "return", "batch_size": 1}
+    received, error = collect(processes(function, tasks, **options), BrokenExecutor)
+    failed, others = numbers_of(received)
+    assert (failed, others) == ([1, 2, 3], [0])
+    assert "died as it started" in str(error)
+    assert "3 workers in a row" in str(error)
+
+
+@pytest.mark.once
+def test_a_worker_that_cannot_be_replaced_leaves_the_others_at_work(
+    processes, fails_to_load, tmp_path
+):
+    function, dies = fails_to_load(99)
+    tasks = [*meeting(tmp_path, "one"), dies, *map(value, range(500))]
+    results = list(processes(function, tasks, errors="return", batch_size=1))
+    failed, others = numbers_of(results)
+    assert failed[0] == 2
+    assert len(failed) <= 4
+    assert len(others) == len(tasks) - len(failed)
+    # A run after it has as many workers as ever.
+    assert len(set(processes(run, meeting(tmp_path, "two"), batch_size=1))) == 2
+
+
 @pytest.mark.once
 def test_deaths_are_silent_though_warnings_are_errors(program):
     source = """
