@@ -1923,9 +1923,10 @@ class _Remote(_Engine):
             return None
         for reply in outcome.replies:
             kind, results, failed = pickle.loads(memoryview(reply)[1:])
-            if kind == "no function":
-                error = _unpacked_error(failed)
-                return [], {}, _Failure(error, ends_run=outcome.ends_run)
+            if kind in ("no function", "no results"):
+                ends_run = kind == "no function" and outcome.ends_run
+                failure = _Failure(_unpacked_error(failed), ends_run=ends_run)
+                return received, failures, failure
             failures.update((len(received) + index, failed[index]) for index in failed)
             if kind == "apart":
                 self.unpickle(results, failures, len(received))
@@ -2559,9 +2560,27 @@ class _Recipe(NamedTuple):
         if self.context.get_start_method() == "loky":
             options, env = {"env": env}, {}  # from its start on
         serve: Any = _WORKER.serve if forks else _by_value("serve")
-        line = _life_line_of_program()
-        arguments = connection, line, self.prepared, self.reducers, forks, env
+        line, prepared = _life_line_of_program(), self.prepared
+        if not (forks or isinstance(prepared, bytes)):
+            prepared = _PickledApart(prepared, self.context)
+        arguments = connection, line, prepared, self.reducers, forks, env
         return self.context.Process(target=serve, args=arguments, **options)
+
+
+class _PickledApart:
+    """An argument of a process that arrives pickled, and is pickled as it starts.
+
+    A worker can report what it meets when it unpickles that itself.
+    """
+
+    def __init__(self, value: Any, context: Any) -> None:
+        is_loky = context.get_start_method() == "loky"
+        pickling = multiprocessing.reduction.ForkingPickler
+        self.dumps = _loky("backend.reduction").dumps if is_loky else pickling.dumps
+        self.value = value
+
+    def __reduce__(self) -> Any:
+        return bytes, (bytes(self.dumps(self.value)),)
 
 
 class _Function:
@@ -2660,7 +2679,7 @@ class _Worker:
             while (reply := self.receive(patience)) == _MORE:
                 self.has_begun.set()
             if reply != _DONE:
-                raise _InitializerError(reply.decode(errors="replace"))
+                raise _StartError(reply)
             self.is_ready = True
         except Exception as error:
             self.failure = self.bury_and_explain(error, patience)
@@ -2683,14 +2702,14 @@ class _Worker:
             if self.function is not function:
                 self.function, self.is_ready = None, False
                 self.limit_stalls(function)
-                self.connection.send_bytes(function.message)
+                self.send(function.message)
                 reply = self.receive(function.patience)
                 self.is_ready = True
                 if reply != _DONE:
                     return _Outcome([reply], ends_run=self.start_ends_run(function))
                 self.function = function
                 function.was_loaded, self.failed_starts = True, 0
-            self.connection.send_bytes(job.message)
+            self.send(job.message)
             self.done += job.size
             limit = function.limit
             if job.size > 1:
@@ -2750,6 +2769,16 @@ class _Worker:
                 for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                     end.setsockopt(socket.SOL_SOCKET, option, value)
 
+    def send(self, message: bytes) -> None:
+        """Send a message; a large one in parts: see `Server.received`."""
+        size = len(message)
+        if size < _LEAST_LARGE:
+            self.connection.send_bytes(message)
+            return
+        self.connection.send_bytes(_LARGE + message[:1] + size.to_bytes(8, "big"))
+        for start in range(0, size, _PART):
+            self.connection.send_bytes(message, start, min(_PART, size - start))
+
     def receive(self, limit: float) -> bytes:
         """Return the next message, for which the worker has *limit* seconds."""
         deadline = time.monotonic() + limit
@@ -2777,10 +2806,10 @@ class _Worker:
         """Kill the process, and say what has become of it."""
         is_ready, was_started = self.is_ready, self.process is not None
         code = self.bury()
-        if isinstance(error, _InitializerError):
-            failure = _Failure(BrokenProcessPool(str(error)), ends_run=True)
-            _set_cause(failure.error, error.text)
-            return failure
+        if isinstance(error, _StartError):
+            broken, ends_run = BrokenProcessPool(str(error)), error.is_of_initializer
+            _set_cause(broken, error.text)
+            return _Failure(broken, ends_run=ends_run)
         if isinstance(error, (TimeoutError, BlockingIOError)):
             text, seconds = "a worker was not ready after", patience
             if is_ready and isinstance(error, BlockingIOError):
@@ -2849,13 +2878,14 @@ def _start_helpers(start_method: str) -> None:
             importlib.import_module("multiprocessing.forkserver").ensure_running()
 
 
-class _InitializerError(Exception):
-    """An initializer has failed in a worker: the text of its traceback."""
+class _StartError(Exception):
+    """What a worker has sent since it could not get ready: the text of a traceback."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, reply: bytes) -> None:
+        what, _, text = reply.decode(errors="replace").partition("\n")
+        self.is_of_initializer = what == _INITIALIZER_FAILED
         self.text = text.strip()
-        last = self.text.splitlines()[-1]
-        super().__init__(f"the initializer has failed in a worker: {last}")
+        super().__init__(f"{what}: {self.text.splitlines()[-1]}")
 
 
 def _attend(
@@ -3218,6 +3248,14 @@ _TOGETHER, _APART, _CALL, _FUNCTION, _FORGET = b"t", b"a", b"c", b"f", b"-"
 # together cannot be unpickled.
 _MORE, _DONE, _UNREADABLE, _OVERDUE = b"+", b".", b"?", b"!"
 
+# First byte of what announces a large message, which follows in parts: the next bytes
+# are the first of the message, and its length.
+_LARGE, _LEAST_LARGE, _PART = b"l", 2**22, 2**16
+
+# What a worker could not do that does not get ready.
+_START_FAILED = "a worker process could not be started"
+_INITIALIZER_FAILED = "the initializer has failed in a worker"
+
 # Types of which nothing can fail to be pickled or unpickled.
 _PLAIN = frozenset((bool, bytes, complex, float, int, str, type(None)))
 _CONTAINERS = frozenset((dict, frozenset, list, set, tuple))
@@ -3308,7 +3346,8 @@ def _worker_functions() -> types.SimpleNamespace:
         def look(self, seconds: float, limit: float) -> None:
             seen, length, since = None, 0, 0.0
             while not self.over.wait(seconds):
-                with self.lock, contextlib.suppress(OSError):  # the program has ended
+                # The program has ended, or this is left to the reply.
+                with self.lock, contextlib.suppress(OSError, MemoryError):
                     watched, now = self.watched, time.monotonic()
                     goes_on = watched is seen and watched is not self.nothing
                     seen = watched
@@ -3330,11 +3369,18 @@ def _worker_functions() -> types.SimpleNamespace:
             count = len(results)  # there may be more in a moment
             # Others may take long to pickle: each is a sign of its own.
             size = count if are_plain(results[:count]) and not failures else 1
-            for start in range(0, count, size):
-                found = {0: failures.pop(start)} if start in failures else {}
-                part = results[start : start + size]
-                self.connection.send_bytes(reply(part, found, self.dump, _MORE))
-            del results[:count]
+            sent = 0
+            try:
+                for start in range(0, count, size):
+                    found = {0: failures[start]} if start in failures else {}
+                    part = results[start : start + size]
+                    self.connection.send_bytes(reply(part, found, self.dump, _MORE))
+                    sent += len(part)
+            finally:  # whatever comes, nothing is sent twice
+                del results[:sent]
+                left = {n - sent: failures[n] for n in failures if n >= sent}
+                failures.clear()
+                failures.update(left)
 
     def answer(
         get_function: Any,
@@ -3374,8 +3420,12 @@ def _worker_functions() -> types.SimpleNamespace:
         server.is_loading = True
         try:
             tasks = pickle.loads(memoryview(data)[1:])
-        except BaseException:
-            return _UNREADABLE
+        except BaseException as error:
+            if data[:1] == _TOGETHER:
+                return _UNREADABLE  # they are sent again, apart
+            failure = unreadable("the tasks of a batch", error)
+            failure.__cause__ = error
+            return cast(bytes, dump(("no results", [], packed(failure)), _DONE))
         finally:
             server.is_loading = False
         signs = get_signs(len(tasks))
@@ -3390,6 +3440,13 @@ def _worker_functions() -> types.SimpleNamespace:
         results: list[Any], failures: Any, dump: Any, first: bytes, signs: Any = None
     ) -> bytes:
         """Pickle results: apart, if one of them could cost others."""
+
+        def packed(error: BaseException) -> Any:
+            message = f"the result cannot be pickled: {told(error)}"
+            failure = pickle.PicklingError(message)
+            failure.__cause__ = error
+            return pack_error(failure, dump)
+
         with contextlib.suppress(Exception):  # one is nested too deeply, say
             if not failures and are_plain(results):
                 return cast(bytes, dump(("together", results, failures), first))
@@ -3401,12 +3458,17 @@ def _worker_functions() -> types.SimpleNamespace:
             try:
                 parts[-1] = None if index in failures else dump(result)
             except BaseException as error:
-                failure = pickle.PicklingError(
-                    f"the result cannot be pickled: {told(error)}"
-                )
-                failure.__cause__ = error
-                failures[index] = pack_error(failure, dump)
-        return cast(bytes, dump(("apart", parts, failures), first))
+                failures[index] = packed(error)
+        while True:
+            try:
+                return cast(bytes, dump(("apart", parts, failures), first))
+            except MemoryError as error:  # not for all of them: without the largest
+                sizes = [len(part or b"") for part in parts]
+                if not any(sizes):
+                    raise
+                index = sizes.index(max(sizes))
+                parts[index] = None
+                failures[index] = packed(error)
 
     def are_plain(values: list[Any]) -> bool:
         """Tell whether it makes no difference if values are pickled as one.
@@ -3475,24 +3537,24 @@ def _worker_functions() -> types.SimpleNamespace:
                         return NotImplemented
                 return override(self, value) if override else NotImplemented
 
-        buffer = io.BytesIO()
-
-        def new_pickler() -> Any:
+        def fresh() -> tuple[io.BytesIO, Any]:
+            buffer = io.BytesIO()
             options = {"reducers": reducers, "protocol": pickle.HIGHEST_PROTOCOL}
-            return Pickler(buffer, **options)
+            return buffer, Pickler(buffer, **options)
 
-        pickler = new_pickler()
+        buffer, pickler = fresh()
 
         def dump(value: Any, first: bytes = b"") -> bytes:
-            nonlocal pickler
+            nonlocal buffer, pickler
             buffer.write(first)
             try:
                 pickler.dump(value)
                 return buffer.getvalue()
             finally:  # keep nothing of it
                 # The table of its memo never shrinks, and all of it is cleared.
-                if sys.getsizeof(pickler, 0) > 200_000:
-                    pickler = new_pickler()
+                # The buffer is closed when there was no memory for it.
+                if buffer.closed or sys.getsizeof(pickler, 0) > 200_000:
+                    buffer, pickler = fresh()
                 pickler.clear_memo()
                 buffer.seek(0)
                 buffer.truncate()
@@ -3627,38 +3689,42 @@ def _worker_functions() -> types.SimpleNamespace:
         env: Any,
     ) -> None:
         """Be a worker, until the connection ends."""
-        lead_session(connection)
-        if line is not None:
-            hold_life_line(line)
-        os.environ.update(env)
-        reducers = {**reducers, **array_reducers(reduce_array)}
-        server = Server(connection, functools.partial(make_dump, reducers, by_name))
-        sys.modules[_WORKER_MODULE] = cast(Any, server)
-        # To forget a function need not look at what is there already. PyPy has none.
-        getattr(gc, "freeze", gc.collect)()
         with contextlib.suppress(EOFError, OSError):  # the program has ended
-            connection.send_bytes(_MORE)  # it has begun
-            # What it starts by joblib is nested, like what tasks start.
-            nested = joblib.parallel.ThreadingBackend(nesting_level=1)
-            joblib.parallel_config(backend=nested)
-            first = initialized(prepared)
-            server.is_loading = False
-            connection.send_bytes(first)
+            what = _START_FAILED
+            try:
+                lead_session(connection)
+                if line is not None:
+                    hold_life_line(line)
+                os.environ.update(env)
+                reducers = {**reducers, **array_reducers(reduce_array)}
+                make_own_dump = functools.partial(make_dump, reducers, by_name)
+                server = Server(connection, make_own_dump)
+                sys.modules[_WORKER_MODULE] = cast(Any, server)
+                # To forget a function need not look at what is there already. PyPy has
+                # none.
+                getattr(gc, "freeze", gc.collect)()
+                connection.send_bytes(_MORE)  # it has begun
+                what = _INITIALIZER_FAILED
+                # What it starts by joblib is nested, like what tasks start.
+                nested = joblib.parallel.ThreadingBackend(nesting_level=1)
+                joblib.parallel_config(backend=nested)
+                initialize(prepared)
+                server.is_loading = False
+            except BaseException:
+                text = f"{what}\n{traceback.format_exc()}"
+                connection.send_bytes(text.encode(errors="backslashreplace"))
+                return
             del prepared
-            while first == _DONE:
+            connection.send_bytes(_DONE)
+            while True:
                 server.handle()
 
-    def initialized(prepared: Any) -> bytes:
-        """Call the initializer; return the first reply, or the text of an error."""
-        try:
-            initializer, initargs = (
-                pickle.loads(prepared) if isinstance(prepared, bytes) else prepared
-            )
-            if initializer is not None:
-                initializer(*initargs)
-        except BaseException:
-            return traceback.format_exc().encode()
-        return _DONE
+    def initialize(prepared: Any) -> None:
+        initializer, initargs = (
+            pickle.loads(prepared) if isinstance(prepared, bytes) else prepared
+        )
+        if initializer is not None:
+            initializer(*initargs)
 
     class Server:
         """Answers what arrives at a connection, by the function of a run."""
@@ -3674,21 +3740,50 @@ def _worker_functions() -> types.SimpleNamespace:
 
         def handle(self) -> None:
             """Read a message, and answer it; keep nothing of either."""
-            messages = [self.connection.recv_bytes()]
-            kind = messages[0][:1]
+            message = self.connection.recv_bytes()
+            kind = message[:1]
+            if kind == _LARGE:
+                kind = message[1:2]
+                message = self.received(int.from_bytes(message[2:], "big"))
             if kind == _FORGET:
                 self.forget()
                 return
-            if kind == _FUNCTION:
-                answered = self.take(messages.pop())
-            elif kind == _CALL:
-                answered = pickle.loads(messages.pop()[1:])()
-            else:
-                answered = self.answer(messages)
+            messages = [message]
+            del message
+            try:
+                if messages[0] is None:
+                    what = "task_func" if kind == _FUNCTION else "the tasks of a batch"
+                    failure = MemoryError("its message is too large")
+                    raise unreadable(what, failure) from failure
+                if kind == _FUNCTION:
+                    answered = self.take(messages.pop())
+                elif kind == _CALL:
+                    answered = pickle.loads(messages.pop()[1:])()
+                else:
+                    answered = self.answer(messages)
+            except BaseException as error:
+                how = "no function" if kind == _FUNCTION else "no results"
+                packed = pack_error(error, self.dump)
+                answered = self.dump((how, [], packed), _DONE)
             with contextlib.nullcontext() if self.signs is None else self.signs.lock:
                 if self.signs is not None:
                     self.signs.watched = None
                 self.connection.send_bytes(answered)
+
+        def received(self, size: int) -> Any:
+            """Return a large message; skip it and return None if there is no memory.
+
+            That could not be done in the midst of one that comes as a whole.
+            """
+            content = None
+            with contextlib.suppress(MemoryError):
+                content = bytearray(size)
+            for start in range(0, size, _PART):
+                if content is None:
+                    self.connection.recv_bytes()
+                else:
+                    self.connection.recv_bytes_into(content, start)
+            return content
 
         def forget(self) -> None:
             """Let go of a function, and of all that came with it."""
@@ -3713,9 +3808,6 @@ def _worker_functions() -> types.SimpleNamespace:
             self.is_loading = True
             try:
                 self.function = load_function(content[size:])
-            except BaseException as error:
-                packed = pack_error(error, self.dump)
-                return cast(bytes, self.dump(("no function", [], packed), _DONE))
             finally:
                 self.is_loading = False
             return _DONE

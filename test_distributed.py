@@ -4023,6 +4023,78 @@ def test_what_an_engine_reports_of_a_batch_is_its_failed_tasks():
         assert type(error) is OSError
 
 
+# Lets a worker have 400 MB more than it has, of which a thread reserves 136.
+LIMITS_MEMORY = """
+import resource
+pages = int(open("/proc/self/statm").read().split()[0])
+size = pages * resource.getpagesize() + 400_000_000
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+"""
+short_of_memory = pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="limits the memory of workers"
+)
+
+
+@pytest.mark.once
+@short_of_memory
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("timeout", [None, 30])
+@pytest.mark.parametrize("size", [220_000_000, 450_000_000])  # to unpickle, to receive
+def test_a_task_that_is_too_large_for_a_worker_is_a_failed_task(
+    processes, capfd, size, timeout
+):
+    options = {"initializer": exec, "initargs": (LIMITS_MEMORY,), "errors": "return"}
+    options |= {"batch_size": 1, "timeout": timeout, "return_as": "generator"}
+    tasks = [b"0", b"x" * size, b"2", b"3"]
+    results = list(processes(len, tasks, **options))
+    assert numbers_of(results) == ([1], [1, 1, 1])
+    assert type(results[1].error) is pickle.UnpicklingError
+    assert "MemoryError" in str(results[1].error)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+@short_of_memory
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("form", "timeout", "batch_size"),
+    [("{}", None, 1), ("{}", 30, 4), ("[{}]", None, 4)],
+)
+def test_a_result_that_is_too_large_for_a_worker_is_a_failed_task(
+    processes, capfd, form, timeout, batch_size
+):
+    options = {"initializer": exec, "initargs": (LIMITS_MEMORY,), "errors": "return"}
+    options |= {"batch_size": batch_size, "timeout": timeout, "return_as": "generator"}
+    tasks = [value(0), form.format("b'x' * 220_000_000"), *map(value, range(2, 40))]
+    results = list(processes(run, tasks, **options))
+    assert numbers_of(results) == ([1], [0, *range(2, 40)])
+    assert type(results[1].error) is pickle.PicklingError
+    assert "MemoryError" in str(results[1].error)
+    assert "MemoryError" in str(results[1].error.__cause__)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+def test_what_a_worker_meets_outside_of_its_tasks_is_reported(processes, capfd):
+    # There is to be a thread, with a limit of time.
+    source = """
+import threading
+
+def start(thread):
+    raise RuntimeError("no thread for you")
+
+threading.Thread.start = start
+"""
+    options = {"initializer": exec, "initargs": (source,), "errors": "return"}
+    options |= {"batch_size": 2, "timeout": 60}
+    results = list(processes(abs, range(8), **options))
+    assert sorted(numbers_of(results)[0]) == list(range(8))
+    for result in results:
+        assert type(result.error) is RuntimeError
+        assert "no thread for you" in str(result.error)
+    assert capfd.readouterr().err == ""
+
+
 # ------------------------------------------------------------------------------------------------
 # A sweep goes on: what ends it all the same
 
@@ -4066,6 +4138,49 @@ def test_an_initializer_that_fails_ends_the_run_and_is_shown(processes, capfd):
     assert "the initializer has failed in a worker: ZeroDivisionError" in str(error)
     assert "Traceback" in str(error.__cause__)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+@short_of_memory
+def test_a_function_that_is_too_large_for_a_worker_ends_the_run(processes, capfd):
+    options = {"initializer": exec, "initargs": (LIMITS_MEMORY,), "errors": "return"}
+    function = functools.partial(operator.contains, b"x" * 450_000_000)
+    received, error = collect(processes(function, range(9), **options), Exception)
+    assert received == []
+    assert type(error) is pickle.UnpicklingError
+    assert "task_func cannot be unpickled" in str(error)
+    assert "MemoryError" in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_error_of_an_initializer_may_have_any_text(processes, capfd):
+    options = {"initializer": run, "initargs": (raising("OSError('no \\udcff')"),)}
+    received, error = collect(processes(abs, range(9), **options), BrokenExecutor)
+    assert received == []
+    assert "failed in a worker: OSError: no \\udcff" in str(error)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+def test_an_initializer_that_cannot_be_unpickled_is_shown(begun):
+    source = """
+        class Unloadable:
+            def __setstate__(self, state):
+                raise KeyError("not here")
+
+            def __call__(self):  # in a fork
+                raise KeyError("not here")
+
+        if __name__ == "__main__":
+            prepare = Unloadable()
+            prepare.state = 1
+            try:
+                list(Joblib.setup(abs, [-1], 2, backend=backend, initializer=prepare))
+            except Exception as error:
+                print(error)
+    """
+    output = output_of(begun(source))
+    assert output == "the initializer has failed in a worker: KeyError: 'not here'\n"
 
 
 @pytest.mark.once
