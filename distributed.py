@@ -93,7 +93,7 @@ __all__ = [
     "SingleProcess",
     "get_backend",
 ]
-__version__ = "3.0.0"
+__version__ = "3.0.1"
 __source__ = ""  # where newer ones are to be found; for its owner to fill in
 
 T = TypeVar("T")
