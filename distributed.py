@@ -1,6 +1,6 @@
 """Run a function over many tasks: one by one, on all cores, or on a cluster.
 
-This file is meant to be copied: it needs Python 3.10 or newer, joblib 1.5 or newer and
+This file is meant to be copied: it needs Python 3.11 or newer, joblib 1.5 or newer and
 nothing else. `__version__` and `__source__`, below, tell whether there is a newer one
 where it comes from.
 
@@ -36,6 +36,7 @@ package of that name in which Dask's scheduler lives.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import atexit
 import builtins
@@ -44,14 +45,16 @@ import difflib
 import functools
 import gc
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
+import marshal
 import math
 import mmap
 import multiprocessing
 import multiprocessing.process
-import multiprocessing.reduction
+import multiprocessing.spawn
 import multiprocessing.util
 import numbers
 import operator
@@ -65,8 +68,10 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import traceback
@@ -93,7 +98,7 @@ __all__ = [
     "SingleProcess",
     "get_backend",
 ]
-__version__ = "3.0.1"
+__version__ = "4.0.0"
 __source__ = ""  # where newer ones are to be found; for its owner to fill in
 
 T = TypeVar("T")
@@ -240,7 +245,7 @@ class SingleProcess(DistributedBackend):
             not iterable.
         Exception
             From the generator: what *task_func* raised, with a note that tells the
-            number of the task and shows it (Python 3.11 and newer).
+            number of the task and shows it.
         RuntimeError
             From the generator, if *task_func* raises `StopIteration`, which becomes its
             cause: out of a generator it would look like the end of the results.
@@ -256,7 +261,7 @@ class SingleProcess(DistributedBackend):
 
 
 class Joblib(DistributedBackend):
-    """Runs tasks in several worker processes, by joblib's `Parallel` and `delayed`.
+    """Runs tasks in several worker processes, as joblib's `Parallel` and `delayed` do.
 
     For CPU-intensive work, which gains from true parallelism. What follows holds on
     every joblib backend, but for what is listed under "Not promised".
@@ -285,7 +290,7 @@ class Joblib(DistributedBackend):
     tasks have started (a worker leads a session, and that ends with it); nothing is
     printed or warned of, and no file is left. On Linux nothing is left, either, if the
     program itself is killed, or crashes; but then loky's tracker may tell of a folder
-    of arrays that it removes, and the fork server of `multiprocessing` leaves one.
+    of arrays that it removes.
 
     >>> results.close()
     >>> list(results)
@@ -308,8 +313,8 @@ class Joblib(DistributedBackend):
     with its own *initializer*. A run that fails, loses a worker, times out or is closed
     does not disturb another, nor a plain `joblib.Parallel`.
 
-    *Kept warm.* loky's workers that are idle when a run ends well are kept for the next
-    that wants the same: the same number, *initializer*, environment variables, current
+    *Kept warm.* Workers that are idle when a run ends well are kept for the next that
+    wants the same: the same number, *initializer*, environment variables, current
     directory and `sys.path`. They are not used again once the program has reloaded a
     module. At most three sets of workers are kept, none in a fork.
     They keep nothing of the function; what tasks leave elsewhere in a worker (a thread,
@@ -336,15 +341,18 @@ class Joblib(DistributedBackend):
     So is, with *timeout*, a task that takes too long.
 
     *A sweep goes on.* With ``errors="return"``, a task that raises, cannot be pickled,
-    kills its worker or takes too long gives a `FailedTask` in place of its result. A
-    worker that is killed costs what was not done of its batch, too.
+    kills its worker or takes too long gives a `FailedTask` in place of its result. So
+    do tasks that were done in the last 3 ms before their worker was lost, since their
+    results had not been sent. What is left of the batch goes to a fresh worker. No task
+    is run twice.
 
     *Forks and children.* Runs can be started in a fork, and in a child process of
     `multiprocessing`, however it is started; the child ends when it is done. To read on
     a run of the parent in a fork is a `RuntimeError`, unless it has no workers.
 
-    *Self-contained.* Workers are sent a few functions of this module, by value. They
-    import the module only if that of *task_func* does.
+    *Self-contained.* Workers are programs of their own, which are sent the code of this
+    file. They import neither it nor the program's main module: a program needs no ``if
+    __name__ == "__main__":``.
 
     Not promised:
 
@@ -353,9 +361,11 @@ class Joblib(DistributedBackend):
       have begun.
     - With ``return_as="generator"``, results behind the one where an error ends the run
       are lost with it.
-    - On Dask, what is lost with a worker is run again, and a run waits for workers if
+    - Deaths cost single tasks on "loky" and "multiprocessing" only. On Dask, what is lost with a worker is run again, and a run waits for workers if
       there are none. On Ray, an actor that dies ends the run, and a run has to end
       before ``ray.shutdown()``.
+    - What a task changes in an object that it shares with other tasks of its batch, as in
+      ``[(model, p) for p in grid]``, these may see.
     - What a task makes a session of its own (a daemon) is not stopped. Elsewhere than
       on Linux, nor is what has a process group of its own; and if the program is
       killed there, its workers finish what they are doing. On Linux, what has a group
@@ -367,8 +377,6 @@ class Joblib(DistributedBackend):
     - To close a run in a thread that is not the last to have read it, or in *tasks* of
       another run, does not wait for its workers to stop. Otherwise it waits for that,
       but for 10 seconds at most.
-    - `atexit` hooks of workers that `multiprocessing` has forked run from Python 3.13
-      on.
     - A `KeyboardInterrupt` or `SystemExit` that *tasks* raises is raised at once.
     """
 
@@ -443,10 +451,11 @@ class Joblib(DistributedBackend):
             Options. Those of `joblib.Parallel`, but for ``n_jobs``:
 
             backend : str or joblib.parallel.ParallelBackendBase, default "loky"
-                "loky" (processes), "threading", "multiprocessing", "dask" (the cluster
-                of the current `dask.distributed.Client`), "ray", another registered
-                name, or an instance. An open `joblib.parallel_config`, *prefer* or
-                *require* may change the default.
+                "loky" (processes), "multiprocessing" (the same), "threading", "dask"
+                (the cluster of the current `dask.distributed.Client`), "ray", another
+                registered name, or an instance. An open `joblib.parallel_config`,
+                *prefer* or *require* may change the default. What a third party has
+                derived from one of joblib's classes is used as it is.
             return_as : {"generator_unordered", "generator"}
                 Results as they complete, which is the default, or in the order of the
                 tasks. In order, a task that takes long keeps workers idle once
@@ -454,23 +463,25 @@ class Joblib(DistributedBackend):
             errors : {"raise", "return"}
                 "return": where a task has no result, yield a `FailedTask` in its place
                 and go on. The other tasks of its batch are run all the same. A worker
-                that dies, or a time-out, costs those tasks of its batch that are not
-                known to be done: with ``batch_size=1``, one. None is run twice, but on
-                Dask. A worker that dies or fails as it loads *task_func* costs a batch,
-                too, and a fresh one is started for the next; the run ends if no worker
-                has loaded it yet, or after three in a row. Errors of *tasks*, of an *initializer* and of pickling
-                *task_func*, and what a debugger raises to be left, still end the run.
+                that dies, or a time-out, costs the task that was running, and those
+                done in the 3 ms before. None is run twice, but on Dask. A worker that
+                is lost before it begins a task costs nothing, since another one takes
+                its place; but the run ends if none has ever been ready, or if three for
+                each worker are lost in a row. Exceptions of *tasks*, of an
+                *initializer* and of pickling *task_func*, and what a debugger raises to
+                be left, still end the run.
             timeout : float, optional
                 Seconds that one task may take in its worker process; it is killed then,
                 and the run ends with an error, or goes on with ``errors="return"``.
                 What the task builds on the first call counts. No other task, start,
-                initializer or wait does. In a batch of several, it is noticed up to a
-                fifth of *timeout* later, or at twice *timeout* if the task holds the
-                interpreter's lock. A worker that is not ready after *timeout*, or 60
-                seconds if that is more, is an error. Other backends cannot watch single
-                tasks: there, the run ends when the consumer has waited for so long and
-                no batch has completed; the start of workers counts, unless the engine
-                itself waits for it. Default: wait for ever.
+                initializer or wait does, nor does the time for which this process stood
+                still; to pickle a result has a limit of its own, of the same length. It
+                is noticed up to a tenth of *timeout*, and at most 0.5 seconds, later. A
+                worker that is not ready after *timeout*, or 60 seconds if that is more,
+                is lost. Other backends cannot watch single tasks: there, the run ends
+                when the consumer has waited for so long and no batch has completed; the
+                start of workers counts, unless the engine itself waits for it. Default:
+                wait for ever.
             maxtasksperchild : int, optional
                 Tasks that a worker process of "loky" or "multiprocessing" may do before
                 it leaves and a fresh one takes its place: for tasks that leak memory.
@@ -481,8 +492,8 @@ class Joblib(DistributedBackend):
                 and read in less than 0.2 seconds, or more than 2, makes the next ones
                 as large as would take 0.4; but at most twice as large, or 16 or 64
                 times if it took less than 10 ms or 1 ms, and no larger than 8192 tasks
-                or 8 MB of arrays. In threads, it stays 1; a backend that has a rule of
-                its own keeps it.
+                or 8 MB of arrays. In threads, that is 4 ms in place of 0.4 seconds. A
+                backend that has a rule of its own keeps it.
             pre_dispatch : int or str, default "2 * n_jobs"
                 The most batches that are out at a time, being worked on or waiting for
                 a worker; a number, a formula of the number of workers (on Dask, of the
@@ -500,11 +511,11 @@ class Joblib(DistributedBackend):
                 ``max_nbytes=None`` sends copies, ``mmap_mode="c"`` lets a task change
                 its own view. The file of an array that the program has let go is
                 removed when its batch has been read. What is a view of a `numpy.memmap`
-                already stays mapped, unless its file may not have what it has.
+                already stays mapped, unless its file may have other content by now.
             prefer, require
                 As in joblib.
 
-            Also what else the backend takes from `joblib.Parallel`, such as loky's
+            Also what else the backend takes from `joblib.Parallel`, such as
             ``idle_worker_timeout`` (seconds, default 300). What its constructor takes
             goes into a ``joblib.parallel_config(backend=..., ...)`` around the call.
             One that is open when `setup` is called is honoured; neither it nor a
@@ -537,13 +548,14 @@ class Joblib(DistributedBackend):
             ``RayActorError``.
         Exception
             From the generator: what *tasks* raised, as it is; or what a task raised,
-            with a note that tells the number of the task and shows it (Python 3.11 and
-            newer). In threads it is the error itself; elsewhere, the text of the
-            worker's traceback is its cause. If it cannot be pickled, it is put together
-            again without its ``__init__``, or else is a `RuntimeError` that shows it. A
-            `StopIteration`, and what is no `Exception` (of ``sys.exit()``, say), is the
-            cause of a `RuntimeError`; but with one worker, in this process, a
-            `SystemExit` or `KeyboardInterrupt` is the program's own.
+            with a note that tells the number of the task and shows it. In threads it is
+            the exception itself; elsewhere, the text of the worker's traceback is its
+            cause. If it cannot be pickled, it is put together again without its
+            ``__init__``, or else is a `RuntimeError` that shows it. A `StopIteration`,
+            and what is no `Exception` (of ``sys.exit()``, say), is the cause of a
+            `RuntimeError`; but with one worker, in this process, a `SystemExit` or
+            `KeyboardInterrupt` is the program's own. What a signal handler raises while
+            the generator is read, is raised from it as it is.
         """
         return _results(_Run(task_func, tasks, num_workers, kwargs))
 
@@ -551,9 +563,8 @@ class Joblib(DistributedBackend):
     def shutdown(*args: Any, **kwargs: Any) -> None:
         """Stop idle worker processes. May be called at any time, or never.
 
-        Those of loky are kept for the next run; without this, they leave when they have
-        been idle for *idle_worker_timeout*, or with the program. Open runs are not
-        touched.
+        They are kept for the next run; without this, they leave when they have been
+        idle for *idle_worker_timeout*, or with the program. Open runs are not touched.
 
         >>> Joblib.shutdown()
         """
@@ -729,7 +740,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
 }
 
 
-def _most_batches(pre_dispatch: Any, workers: int) -> float:
+def _count_of_batches(pre_dispatch: Any, workers: int) -> float:
     """Return how many batches *pre_dispatch* comes to, which must be some."""
     if pre_dispatch == "all":
         return math.inf
@@ -747,7 +758,7 @@ def _most_batches(pre_dispatch: Any, workers: int) -> float:
 
 
 @functools.cache  # to look at signatures is slow
-def _option_names(kind: Any, mixin: Any) -> tuple[frozenset[str], frozenset[str]]:
+def _option_names(kind: Any, more: frozenset[str]) -> Any:
     """Return the names of what `joblib.Parallel` takes for a backend, and of what it
     takes as an argument of its constructor.
     """
@@ -756,8 +767,7 @@ def _option_names(kind: Any, mixin: Any) -> tuple[frozenset[str], frozenset[str]
         parameters = inspect.signature(function).parameters.values()
         return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
 
-    taken = names(joblib.Parallel) | names(kind.configure) | mixin.more_options
-    taken.add("errors")
+    taken = names(joblib.Parallel) | names(kind.configure) | more | {"errors"}
     nothing = object  # which takes no arguments
     makers = (vars(base).get("__init__", nothing) for base in kind.__mro__[:-1])
     made_with = set().union(*map(names, makers))
@@ -768,7 +778,10 @@ def _option_names(kind: Any, mixin: Any) -> tuple[frozenset[str], frozenset[str]
 def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
     """Raise an error if one of *options* is unknown, or known to be bad."""
     kind: Any = type(backend)
-    known, for_constructor = _option_names(kind, _mixin_for(backend))
+    more: frozenset[str] = frozenset()
+    if _engine_class(backend) is _Processes:
+        more = frozenset((*_OF_PROCESSES, "forward_reducers", "backward_reducers"))
+    known, for_constructor = _option_names(kind, more)
     for name, value in options.items():
         if name in _INSTEAD and name not in known:
             message = f"{name}={value!r} is not an option: use {_INSTEAD[name]}"
@@ -784,7 +797,7 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
                 f"joblib.parallel_config(backend=..., {name}=...) around the call"
             )
         if name not in known:
-            usual = sorted(known - {"backward_reducers", "forward_reducers", "prewarm"})
+            usual = sorted(known - {"backward_reducers", "forward_reducers"})
             near = difflib.get_close_matches(name, [*usual, "num_workers"], 1, 0.8)
             expected = "".join(f"did you mean {word!r}? " for word in near)
             expected += f"Expected one of {', '.join(map(repr, usual))}"
@@ -793,7 +806,7 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
         if not is_valid(value):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
     # The number of workers may not be known yet: 64 stands for it.
-    _most_batches(options.get("pre_dispatch", "all"), n_jobs if n_jobs > 1 else 64)
+    _count_of_batches(options.get("pre_dispatch", "all"), n_jobs if n_jobs > 1 else 64)
     shares_memory = getattr(backend, "supports_sharedmem", False)
     if options.get("require") == "sharedmem" and not shares_memory:
         raise ValueError(f"require='sharedmem' is more than {kind.__name__} can do")
@@ -805,12 +818,9 @@ def _chosen_backend(options: dict[str, Any]) -> Any:
     Its name is taken out of *options*.
     """
     backend = options.pop("backend", None)
-    if (
-        backend is None
-        and _is_loading()
-        and not options.keys().isdisjoint(_OF_PROCESSES)
-    ):
-        backend = "loky"  # which is an error, but not before the run starts
+    asks = not options.keys().isdisjoint(_OF_PROCESSES)
+    if backend is None and asks and _module_of_workers()._in_thread.is_loading:
+        backend = "loky"  # an error, but not before the run starts
     if backend is None:
         names = options.keys() & {"prefer", "require"}
         hints = {name: options[name] for name in names}
@@ -869,37 +879,34 @@ def _register_ray() -> None:
 # --------------------------------------------------------------------------------------
 # The loop.
 #
-# The consumer is whoever reads the generator that `setup` returns. An engine is what
-# runs the batches of a joblib backend: worker processes of loky or multiprocessing,
-# threads, Dask or Ray.
+# The consumer is whoever reads the generator that `setup` returns. An engine runs
+# batches of tasks: in worker processes of this machine, in threads, on Dask, or by
+# another backend of joblib.
 #
 #    the consumer's thread, in _results()             an engine
 #   +------------------------------------+
 #   |  1 draw      tasks                 |
 #   |                |                   |            worker processes (below), threads,
-#   |  2 send        +--> batch ---------|----------> Dask or Ray: in each worker
-#   |                                    |            run_tasks(task_func, ..., tasks)
+#   |  2 send        +--> batch ---------|----------> Dask or others: in each worker
+#   |                                    |            _run_tasks(task_func, tasks)
 #   |  3 wait      _Inbox <--------------|----------- report(outcome)
 #   |                |                   |
 #   |  4 hand out    +--> results: yield |
 #   +------------------------------------+
 #
-#   _Lifetime.end(), in any thread -> a thread that ends the run: clean_up()
+#   _Lifetime.end(), in any thread -> a thread that ends the run: engine.end()
 #
 # That is all of it: one loop, in the thread that calls next(). It draws tasks until as
 # many batches are out as *pre_dispatch* says, waits for a report, hands out its
 # results, and draws again. So runs are lazy, bounded, composable and lossless by
 # construction. All that a thread of an engine ever does to a run is to put an outcome
 # into its inbox, which cannot block or fail.
-#
-# joblib's Parallel resolves what a user has configured, and enters and leaves its
-# backend; all but Dask are sent batches by `submit`, as with joblib.
 
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
     """A task took too long. joblib's users catch the one class, others the other."""
 
-    def __reduce__(self) -> Any:  # by its name, another class would be found
+    def __reduce__(self) -> Any:  # its name is that of another class
         return _timeout_error, self.args
 
 
@@ -907,19 +914,24 @@ def _timeout_error(*arguments: Any) -> _TaskTimeoutError:
     return _TaskTimeoutError(*arguments)
 
 
-# It is shown as what it is for everybody.
+# Tracebacks show the name that everybody knows.
 _TaskTimeoutError.__name__ = _TaskTimeoutError.__qualname__ = "TimeoutError"
 _TaskTimeoutError.__module__ = "builtins"
 
 
-class _WorkerTraceback(Exception):
-    """The text of a traceback from elsewhere, as the cause of an error."""
+class _Failed(NamedTuple):
+    """Takes the place of the result of a task that has none.
+
+    *error* is an exception, or a `_Failure`; in a worker, what `_pack_error` returns.
+    """
+
+    error: Any
 
 
 class _Failure:
-    """An error of an engine in place of the outcome of a batch.
+    """What has become of tasks that an engine could not run: an exception.
 
-    Its traceback is kept as text, since frames would refer to the run.
+    Its traceback is kept as text, since its frames would refer to the run.
     """
 
     def __init__(self, error: BaseException, *, ends_run: bool = False) -> None:
@@ -927,18 +939,40 @@ class _Failure:
             _set_cause(error, "".join(traceback.format_exception(error)).strip())
             error.__context__ = None
         self.error = error.with_traceback(None)
-        self.ends_run = ends_run  # also if failed tasks are to be returned
+        self.ends_run = ends_run  # even with errors="return"
+        # The tasks of the batch, by their indices, that may be at fault; if known.
+        self.suspects: range | None = None
+
+    def explained(self, note: str) -> Any:
+        """Return the exception that is raised; *note* says for which tasks."""
+        if self.ends_run and self.suspects is None:
+            return self.error  # no task is at fault
+        explained = self.with_text(f". {note}")
+        if explained is self.error:
+            return _with_task_note(explained, note)
+        return explained
+
+    def with_text(self, text: str) -> BaseException:
+        """Return the exception; if it is one of this file, a new one with more text."""
+        if type(self.error) not in (BrokenProcessPool, _TaskTimeoutError):
+            return self.error
+        explained = type(self.error)(f"{self.error}{text}")
+        explained.__cause__ = self.error.__cause__
+        return explained
 
 
-# Of tasks that take no time, batches of more gain nothing, but all that are out have to
-# be kept in memory.
-_LARGEST_BATCH = 8192
+# In place of a _Failure: the tasks without results are to be sent again, one by one.
+_SEND_AGAIN = _Failure(RuntimeError("not sent again"))
 
-# Bytes of arrays in the tasks of a batch, beyond which it does not grow.
-_HEAVIEST_BATCH = 8_000_000
+# Batches of more tasks gain nothing, if tasks take no time; but those of all batches
+# that are out have to be kept in memory.
+_MAX_BATCH_SIZE = 8192
 
-# Seconds after which a wait looks whether there is still something to wait for. It is
-# also how long a Ctrl-C may have to wait on Windows, where it interrupts no lock.
+# Bytes of arrays in the tasks of a batch, beyond which batches do not grow.
+_MAX_BATCH_BYTES = 8_000_000
+
+# Seconds after which a wait looks whether there is still something to wait for. On
+# Windows, where a Ctrl-C does not interrupt a lock, it may take so long, too.
 _WAIT_SLICE = 0.5
 
 
@@ -953,12 +987,12 @@ def _one_by_one(
     counter = itertools.count()
     result: Any
     for task in tasks:
-        number = next(counter)  # enumerate() would hold on to the task
+        number = next(counter)  # enumerate() would keep a reference to the task
         try:
             result = task_func(task)
         except Exception as error:
-            failed = _as_raised(error, _task_note(number, task))
-            if not returns_errors or _WORKER.leaves_debugger(error):
+            failed = _with_task_note(error, _task_note(number, task))
+            if not returns_errors or _leaves_debugger(error):
                 if failed is error:
                     raise
                 raise failed from error
@@ -966,96 +1000,95 @@ def _one_by_one(
             del failed
         if progress is not None:
             progress.add(1)
-        del task  # hold on to neither while the next is drawn and run
+        del task  # keep no reference while the next one is drawn and run
         yield result
         del result
 
 
 def _task_note(number: int, task: Any) -> str:
-    return f"Task {number} (counted from 0): {_shown(task)}"
+    return f"Task {number} (counted from 0): {_short_repr(task)}"
 
 
-def _batch_note(first: int, tasks: list[Any]) -> str:
-    """Say which tasks it was, or one of them."""
+def _tasks_note(first: int, tasks: list[Any]) -> str:
+    """Return a note that names the tasks of a batch."""
     if not tasks:
-        return f"It had done all that it had, up to task {first - 1} (counted from 0)"
+        return f"All tasks up to {first - 1} (counted from 0) were done"
     if len(tasks) == 1:
         return _task_note(first, tasks[0])
     return (
         f"One of tasks {first} to {first + len(tasks) - 1} (counted from 0), of which "
-        f"the first is: {_shown(tasks[0])}"
+        f"the first is: {_short_repr(tasks[0])}"
     )
 
 
-def _as_raised(error: BaseException, note: str) -> Any:
-    """Return what is raised where a task has raised *error*, with a note.
+def _with_task_note(error: BaseException, note: str) -> Any:
+    """Return the exception that is raised where a task has raised *error*.
 
-    What is no Exception would end the program, or look like the end of the results.
+    A BaseException would end the program; a StopIteration would look like the end of
+    the results. Both become the cause of a RuntimeError.
     """
     if isinstance(error, StopIteration) or not isinstance(error, Exception):
-        shown = type(error).__qualname__
-        with contextlib.suppress(Exception):  # as its own methods may fail
-            shown = repr(error)
-        cause, error = error, RuntimeError(f"a task raised {shown}")
+        text = type(error).__qualname__
+        with contextlib.suppress(Exception):  # its own methods may fail
+            text = repr(error)
+        cause, error = error, RuntimeError(f"a task raised {text}")
         error.__cause__ = cause
-    # Python 3.10, of which a type checker knows that it has no notes, or a class that
-    # refuses them.
-    with contextlib.suppress(Exception):
-        error.add_note(note)  # type: ignore[attr-defined, unused-ignore]
+    with contextlib.suppress(Exception):  # a class may refuse notes
+        error.add_note(note)
     return error
 
 
-def _shown(value: Any) -> str:
-    """Return a short text for *value*, whatever its own methods do."""
-    texts = [f"<{type(value).__qualname__}>"]
+def _short_repr(value: Any) -> str:
+    """Return a short text for *value*, even if its own methods fail."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 200
-
-    def show() -> None:
-        with contextlib.suppress(BaseException):
-            texts.append(short.repr(value)[:400])
-
-    thread = threading.Thread(target=show, daemon=True)  # as it may take for ever
-    if type(value) not in _slow_to_show:
-        with contextlib.suppress(RuntimeError):  # no thread can be started
-            thread.start()
-            thread.join(timeout=1)
-            if thread.is_alive() and type(value).__module__ != "builtins":
-                _slow_to_show.add(type(value))
-    return texts[-1]
+    try:
+        return short.repr(value)[:400]
+    except (Exception, SystemExit, GeneratorExit) as error:
+        _raise_if_of_handler(error)
+        return f"<{type(value).__qualname__}>"
 
 
-_slow_to_show: weakref.WeakSet[Any] = weakref.WeakSet()  # types; not waited for again
+def _raise_if_of_handler(error: BaseException) -> None:
+    """Raise an exception again that a signal handler of the program has raised.
+
+    It may come out of any call: out of the iterator of the tasks, or out of pickle. A
+    handler is a function that has been passed the frame in which it was called.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        names, rest, _, values = inspect.getargvalues(frame)
+        passed = [*map(values.get, names), *values.get(rest or "", ())]
+        if any(type(v) is types.FrameType and v is frame.f_back for v in passed):
+            raise error
 
 
 class _Inbox:
     """The reports of a run's batches, in the order in which they are wanted.
 
     Any thread may call `put` and `fail`, which cannot block or fail; the consumer's
-    thread alone calls `take`.
+    thread alone calls the other methods.
     """
 
     def __init__(self, *, ordered: bool) -> None:
         self.reports: queue.SimpleQueue[tuple[int | None, Any]] = queue.SimpleQueue()
         self.put = self.reports.put
         self.ordered = ordered
-        self.next_number = 0  # of the batch whose turn it is, if ordered
-        self.early: dict[int, Any] = {}  # outcomes of batches whose turn it is not
+        self.next_number = 0  # ordered: of the batch to be returned next
+        self.early: dict[int, Any] = {}  # ordered: outcomes of batches behind that one
 
     def fail(self, error: BaseException) -> None:
-        """Report an error that ends the run, of no batch that is known."""
+        """Report an exception that ends the run."""
         self.put((None, _Failure(error, ends_run=True)))
 
     def take(self, timeout: float) -> tuple[int | None, Any] | None:
-        """Return the number of the next batch, or None, and what has become of it.
+        """Return the number of the next batch and its outcome.
 
-        Return None if one has come whose turn it is not. Raise `queue.Empty` after
-        *timeout* seconds.
+        Return None if that of a later batch has come. The number is None if the
+        outcome ends the run. Raise `queue.Empty` after *timeout* seconds.
         """
         if self.next_number not in self.early:
             number, outcome = self._wait_until(time.monotonic() + timeout)
-            again = isinstance(outcome, _Outcome) and outcome.is_unreadable()
-            if number is None or again or not self.ordered:
+            if number is None or not self.ordered or _is_unreadable(outcome):
                 return number, outcome
             self.early[number] = outcome
             if number != self.next_number:
@@ -1067,13 +1100,10 @@ class _Inbox:
         self.next_number = min(self.next_number, number)
 
     def _wait_until(self, deadline: float) -> tuple[int | None, Any]:
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return self.reports.get_nowait()
+        while (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                # Python 3.10 may wait for ever for what is over before it has begun.
-                return self.reports.get(timeout=min(max(left, 0.01), _WAIT_SLICE))
+                return self.reports.get(timeout=min(left, _WAIT_SLICE))
+        return self.reports.get_nowait()
 
 
 class _Progress:
@@ -1088,7 +1118,7 @@ class _Progress:
         self.start = time.monotonic()
 
     def add(self, count: int) -> None:
-        # The lag between two messages grows with the square root of their number.
+        # The interval between two lines grows with the square root of their number.
         scale = 0.5 * (11 - min(self.verbose, 10.5)) ** 2
         before, self.done = self.done, self.done + count
         steps = {math.isqrt(int(done / scale)) for done in (before, self.done)}
@@ -1101,60 +1131,39 @@ class _Progress:
             of = "" if self.total is None else f" out of {self.total:3d}"
             seconds = time.monotonic() - self.start
             print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream)
-            getattr(stream, "flush", bool)()  # which not all have
-
-
-class _BatchSizes:
-    """The rule of ``batch_size="auto"``, which `Joblib.setup` tells.
-
-    It has the methods that joblib's backends have for it.
-    """
-
-    def __init__(self, engine: _Engine) -> None:
-        self.engine = engine
-        self.size = 1
-
-    def compute_batch_size(self) -> int:
-        weight = self.engine.task_weight
-        self.size = min(self.size, max(1, int(_HEAVIEST_BATCH / max(weight, 1))))
-        return self.size
-
-    def batch_completed(self, size: int, seconds: float) -> None:
-        """Take note of how long a batch was out, until its results had been read."""
-        if size == self.size and not 0.2 <= seconds <= 2:
-            steps = 64 if seconds < 0.001 else 16 if seconds < 0.01 else 2
-            self.size = (
-                int(min(0.4 * size / seconds, steps * size, _LARGEST_BATCH)) or 1
-            )
+            getattr(stream, "flush", bool)()  # not all streams have it
 
 
 def _report(inbox: _Inbox, number: int, outcome: Any) -> None:
-    """Report the outcome of a batch: what an engine does, in any thread.
+    """Report the outcome of a batch: an engine calls this, in any thread.
 
-    It refers to nothing of the run but the inbox, or a run that its own tasks refer to
-    would never be collected.
+    It refers to the inbox only. If it referred to the run, one that its own tasks refer
+    to would never be collected.
     """
     inbox.put((number, outcome))
 
 
 class _Batch:
-    """Tasks that travel together, for as long as they are out."""
+    """Tasks that are sent together, and their results."""
 
     def __init__(self, number: int, first: int, tasks: list[Any]) -> None:
         self.number = number
         self.first = first  # the number of its first task
         self.tasks = tasks
-        self.data: Any = None  # the tasks, pickled
+        self.messages: list[bytes | None] = []  # the tasks, pickled
+        self.unpicklable: list[_Failed] = []  # of these, where there is None
         self.sent_at = 0.0
-        self.unpicklable: dict[int, BaseException] = {}  # errors, by index
-        self.arrays: list[Any] = []  # that lie in files for it, which go with them
-        self.scattered: dict[str, Any] = {}  # on Dask, by the user
+        self.seconds = 0.0  # that they took, where they were run
+        self.arrays: list[Any] = []  # in files, which are kept as long as these
+        self.scattered: dict[str, Any] = {}  # on Dask: tasks that the user has sent
+        self.results: list[Any] = []  # of the first tasks; or _Failed
+        self.has_failed = False  # some of these are _Failed
 
 
 class _Run:
     """One call of `Joblib.setup`: its function, tasks and results.
 
-    All is for the consumer's thread. Only the run's generator refers to it: nothing
+    The consumer's thread alone uses it. Only the run's generator refers to it: nothing
     that an engine keeps, and no registry, does. Otherwise a run that its own tasks,
     results or function refer to would never be collected, and so never end.
     """
@@ -1169,21 +1178,22 @@ class _Run:
         self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
         self.returns_errors = options.pop("errors", None) == "return"
         self.timeout: float | None = options.pop("timeout", None)
-        self.most_tasks: int | None = options.pop("maxtasksperchild", None)
-        self.engine = _engine_like(backend)
-        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.engine, **options)
+        self.max_tasks: int | None = options.pop("maxtasksperchild", None)
+        self.engine = _engine_class(backend)(backend)
+        self.parallel = self.engine.configure(n_jobs, options)
         self.lifetime = _Lifetime(self)
         self.given_tasks = tasks
         self.tasks_error: BaseException | None = None
         self.is_exhausted = False
         self.progress: _Progress | None = None
-        self.task_seconds = math.inf  # that a task was out, of the last batch
+        self.auto_size = 1  # of the next batches, if batch_size is "auto"
+        self.task_seconds = math.inf  # of each task of the last batch, on average
         self.ready: deque[_Batch] = deque()  # drawn, and not yet sent
         self.out: dict[int, _Batch] = {}
-        self.most_out: float = 0  # batches
+        self.max_batches: float = 0  # that may be out
         self.batches, self.drawn = itertools.count(), 0
         self.completed: _Batch | None = None  # whose results are being handed out
-        self.results: list[Any] = []  # received, and not yet handed out; reversed
+        self.results: list[Any] = []  # not yet handed out; the next one is the last
         self.waiting_since: float | None = None
 
     def start(self) -> bool:
@@ -1194,62 +1204,65 @@ class _Run:
         del self.given_tasks
         self.lifetime.begin()
         with self.lifetime.at_work():
-            workers = int(engine.effective_n_jobs(parallel.n_jobs))
-            if workers == 0:  # as joblib says it, of a cluster
-                raise RuntimeError(f"{type(engine).__name__} has no active worker")
-            asks = self.timeout is not None or self.returns_errors or self.most_tasks
-            if workers == 1 and not (asks and engine.can_isolate()):
+            engine.workers = int(engine.effective_n_jobs(parallel.n_jobs))
+            if engine.workers == 0:
+                raise RuntimeError(f"{engine.name} has no active worker")
+            asks = self.timeout is not None or self.returns_errors or self.max_tasks
+            if engine.workers == 1 and not (asks and engine.can_isolate()):
                 return False
-            self.lifetime.clean_ups.push(parallel)
-            parallel.__enter__()
-            self.lifetime.clean_ups.callback(engine.stop_call)
-            engine.start_call()
-            engine.workers = workers
-            auto = joblib.parallel.AutoBatchingMixin.compute_batch_size
-            own = type(engine).compute_batch_size is not auto
-            self.sizes = engine if own else _BatchSizes(engine)
-            self.most_out = _most_batches(parallel.pre_dispatch, workers)
-            engine.prepare(self)
+            self.max_batches = _count_of_batches(parallel.pre_dispatch, engine.workers)
+            engine.start(self)
         return True
 
     def dispatch(self) -> bool:
-        """Draw and send until all is out that may be. Return whether anything is."""
+        """Draw and send until as much is out as may be. Return whether anything is."""
         with self.lifetime.at_work():
             if self.completed is not None:
                 self.note_completion(self.completed)
             if self.engine.has_changed():
                 formula = self.parallel.pre_dispatch
                 with contextlib.suppress(ValueError):  # it comes to 0 for a moment
-                    self.most_out = _most_batches(formula, self.engine.workers)
-            while len(self.out) < self.most_out and self.lifetime.takes_more():
+                    self.max_batches = _count_of_batches(formula, self.engine.workers)
+            while len(self.out) < self.max_batches and self.lifetime.takes_more():
                 if not self.ready and not self.is_exhausted:
                     self.draw()
                 if not self.ready:
                     break
                 self.send(self.ready.popleft())
-        return bool(self.out) or self.lifetime.is_over()  # of which there is a report
+        # If the run was ended elsewhere, a report says so.
+        return bool(self.out) or self.lifetime.is_over()
+
+    def batch_size(self) -> int:
+        """Return how many tasks the next batches are to have."""
+        size, rule = self.parallel.batch_size, self.engine.batch_rule
+        if size == "auto" and rule is not None:
+            size = rule.compute_batch_size()
+        elif size == "auto":
+            weight = max(self.engine.task_weight, 1)
+            most = max(1, int(_MAX_BATCH_BYTES / weight))
+            size = self.auto_size = min(self.auto_size, most)
+        return int(min(size, self.max_tasks or size))
 
     def draw(self) -> None:
-        """Draw the tasks of the next batches: of one, if a batch has one task.
+        """Draw the tasks of the next batches; of one, if batches have one task.
 
-        Larger ones are drawn for all workers at once, so that the end is seen in time
-        to share out what is left in small batches, but for what takes no time. An error
-        of the tasks is kept until the results of what they did yield are out.
+        Larger ones are drawn for all workers at once. So the end of the tasks is seen
+        early enough to share out what is left in small batches, unless tasks take no
+        time. An exception of the tasks is kept until all results are out.
         """
-        size, workers = self.parallel.batch_size, self.engine.workers
-        if size == "auto":
-            size = int(self.sizes.compute_batch_size())
-        size = min(size, self.most_tasks or size)
+        size, workers = self.batch_size(), self.engine.workers
         count = 1 if size == 1 else min(size * workers, sys.maxsize)
         drawn: list[Any] = []
         try:
             drawn.extend(itertools.islice(self.tasks, count))  # keeps what came before
         except (Exception, GeneratorExit) as error:
+            _raise_if_of_handler(error)
             self.tasks_error = error
         if len(drawn) < count:
             self.is_exhausted = True
-            least = int(0.002 / self.task_seconds)  # what takes 2 ms
-            size = max(1, min(size, max(least, len(drawn) // (10 * workers))))
+            least = int(0.002 / self.task_seconds)  # tasks that take 2 ms
+            share = math.ceil(len(drawn) / workers)
+            size = max(1, min(size, share, max(least, share // 10)))
         for start in range(0, len(drawn), size):
             tasks = drawn[start : start + size]
             batch = _Batch(next(self.batches), self.drawn, tasks)
@@ -1265,44 +1278,44 @@ class _Run:
         try:
             self.engine.send(self, batch, report)
         except Exception as error:
-            # To be raised after the results that came before it.
+            _raise_if_of_handler(error)
+            # It is raised after the results that were received before.
             report(_Failure(error, ends_run=True))
             self.lifetime.has_failed = True
 
     def next_batch(self) -> BaseException | None:
-        """Wait for a batch, take its results, and return an error that ends the run.
+        """Wait for a batch and take its results. Return an exception that ends the run.
 
-        There are none if it is time to look at the engine, or tasks are sent again.
+        There may be no results: if it is time to look at the engine, or if tasks are
+        sent again.
         """
         with self.lifetime.at_work():
             report = self.wait()
             if report is None:
                 return None
             number, outcome = report
-            batch: Any = None if number is None else self.out.pop(number)
-            received: Any
+            if number is None:
+                return cast("BaseException", outcome.error)
+            batch = self.out.pop(number)
             try:
-                received = self.engine.read(outcome)
-            except Exception as caught:
-                received = [], {}, _Failure(caught)
-            if received is None:
-                self.inbox.wait_again_for(batch.number)  # Ray's, whose turn it was
-                self.engine.pack(batch, apart=True)
+                failure = self.engine.read(batch, outcome)
+            except Exception as error:
+                _raise_if_of_handler(error)
+                failure = _Failure(error)
+            if failure is _SEND_AGAIN:
+                self.inbox.wait_again_for(number)
+                self.engine.pack_apart(batch)
                 self.send(batch)
                 return None
-            error: BaseException | None
-            results, error = self.items_of(batch, *received)
+            results, error_of_run = self.to_yield(batch, failure)
             self.completed, self.lifetime.is_busy = batch, bool(self.out)
         results.reverse()
         self.results = results
-        return error
+        return error_of_run
 
     def wait(self) -> tuple[int | None, Any] | None:
-        """Return the next report, or None if it is not there yet.
-
-        Then it is time to look at the engine, or to wait anew.
-        """
-        self.engine.give_way()
+        """Return the next report, or None if it is time to look at the engine."""
+        self.engine.secede_from_pool()
         now = time.monotonic()
         if self.waiting_since is None:
             self.waiting_since = now
@@ -1319,57 +1332,67 @@ class _Run:
         return report
 
     def timeout_error(self) -> _TaskTimeoutError:
-        early = self.inbox.early  # in order, these wait for the others
+        early = self.inbox.early  # ordered: complete, but behind others
         batches = [self.out[number] for number in self.out.keys() - early]
         oldest = min(batches, key=operator.attrgetter("first"))
         return _TaskTimeoutError(
             f"no task has completed within the timeout of {self.timeout!r} seconds. "
             f"{sum(len(batch.tasks) for batch in batches)} are out, of which the "
-            f"oldest batch is: {_batch_note(oldest.first, oldest.tasks)}"
+            f"oldest batch is: {_tasks_note(oldest.first, oldest.tasks)}"
         )
 
-    def items_of(
-        self, batch: Any, results: list[Any], failures: Any, failure: _Failure | None
-    ) -> tuple[list[Any], Any]:
-        """Return what the run yields for a batch, and an error that ends the run.
+    def to_yield(
+        self, batch: _Batch, failure: _Failure | None
+    ) -> tuple[list[Any], BaseException | None]:
+        """Return what the run yields for a batch, and an exception that ends the run.
 
-        *results* are those of the first tasks, *failures* are errors of some of these
-        by their indices, and *failure* is what has become of the other tasks.
+        *failure* is what has become of the tasks without results.
         """
-        if batch is None:
-            return [], failure and failure.error
+        # Not kept: exceptions among them have frames that refer to the run.
+        results, batch.results = batch.results, []
         done = len(results)
-        if not (failures or failure):
-            if done == len(batch.tasks):
-                return results, None
-            failure = _Failure(RuntimeError("results are missing"))
-        rest: Any = failure and self.engine.explained(
-            failure, _batch_note(batch.first + done, batch.tasks[done:])
-        )
+        if failure is None and not batch.has_failed and done == len(batch.tasks):
+            return results, None
+        failure = failure or _Failure(RuntimeError("results are missing"))
+        suspects = batch.tasks[done:]
+        first = batch.first + done
+        if failure.suspects is not None:
+            suspects = [batch.tasks[index] for index in failure.suspects]
+            first = batch.first + failure.suspects.start
+        rest: BaseException | None = None  # one exception for all of these tasks
         items: list[Any] = []
         for index, task in enumerate(batch.tasks):
-            number, error = batch.first + index, rest
-            if index in failures:
-                packed = batch.unpicklable.pop(index, failures[index])
-                note = _task_note(number, task)
-                error = _as_raised(self.engine.unpacked(packed, note, batch), note)
-            elif index < done:
+            if index < done and type(results[index]) is not _Failed:
                 items.append(results[index])
                 continue
-            ends_run = error is rest and failure is not None and failure.ends_run
-            if not self.returns_errors or ends_run or _WORKER.leaves_debugger(error):
-                self.lifetime.has_failed |= failure is not None
+            if index < done:
+                note = _task_note(batch.first + index, task)
+                error = self.engine.explained(results[index].error, note, batch)
+            else:
+                rest = rest or failure.explained(_tasks_note(first, suspects))
+                error = cast("BaseException", rest)
+            ends_run = index >= done and failure.ends_run
+            if not self.returns_errors or ends_run or _leaves_debugger(error):
+                self.lifetime.has_failed |= index >= done
                 return items, error
-            items.append(FailedTask(number, task, error))
+            items.append(FailedTask(batch.first + index, task, cast("Any", error)))
         return items, None
 
     def note_completion(self, batch: _Batch) -> None:
-        """Let the size of batches follow; the time of reading counts, too."""
+        """Adapt the size of batches; the time for which results were read counts.
+
+        So a slow consumer has small batches, and few tasks are drawn ahead of it.
+        """
         self.completed = None
-        size = len(batch.tasks)
-        seconds = max(time.monotonic() - batch.sent_at, 1e-6)  # some clocks tick seldom
-        self.task_seconds = seconds / size
-        self.sizes.batch_completed(size, seconds)
+        size, target = len(batch.tasks), self.engine.batch_seconds
+        seconds = max(time.monotonic() - batch.sent_at, 1e-6)  # some clocks are coarse
+        self.task_seconds = max(batch.seconds, 1e-6) / size
+        if self.engine.batch_rule is not None:
+            self.engine.batch_rule.batch_completed(size, seconds)
+        elif size == self.auto_size and not target / 2 <= seconds <= target * 5:
+            steps = 64 if seconds < 0.001 else 16 if seconds < 0.01 else 2
+            most = min(target * size / seconds, steps * size, _MAX_BATCH_SIZE)
+            self.auto_size = int(most) or 1
         if self.progress is not None:
             self.progress.add(size)
 
@@ -1388,243 +1411,39 @@ def _results(run: _Run) -> Generator[Any, None, None]:
                 returns_errors=run.returns_errors,
             )
             return
-        with run.engine.retrieval_context():
+        with run.engine.reading():
             while error is None and run.dispatch():
                 error = run.next_batch()
                 results, pop = run.results, run.results.pop
                 while results:
-                    yield pop()  # hold on to none that has been handed out
+                    yield pop()  # keep no reference to it
         if error is None:
             error = run.tasks_error
         if error is not None:
-            # Not inside `with`, which assigns to attributes of errors. Python itself
-            # makes a RuntimeError of a StopIteration here.
+            # contextmanager sets `__traceback__` on exceptions that pass through it.
+            # Python makes a RuntimeError of a StopIteration here.
             raise error
     finally:
         run.tasks_error = None
-        # Here, since Python drops an interrupt of what the collector calls.
+        # Not left to the collector: Python drops an interrupt of what that calls.
         run.lifetime.end()
-        del error, run  # as its traceback refers to this frame
+        del error, run  # the traceback of the error refers to this frame
 
 
 # --------------------------------------------------------------------------------------
-# Ends of runs.
-#
-# However a run ends (`finally` of _results, the finalizer of its _Run, or a hook at
-# exit), its lifetime's `end` is called. In a thread of its own that calls `clean_up`:
-# what is out is called off by `abort_everything` of the engine, which kills workers
-# that are busy; `stop_call` and `terminate` follow, as with joblib.
-#
-# A lifetime stands in _open_runs from the start of the run until all that it has
-# started has ended. When the interpreter exits, runs that nobody will read to the end
-# are ended: those that were last read in the main thread, in one that has ended, or in
-# a daemon thread. Then all pools of workers are stopped. There are two hooks: of
-# atexit, which comes before those of Dask and Ray if these were imported before the
-# first run; and of multiprocessing, for its child processes.
-
-
-class _Lifetime:
-    """Who reads a run, what it has started, and whether it has ended.
-
-    Any thread may call `end` and `fail`; `_end` and `clean_up` are called in a thread
-    of their own; the rest is for the consumer's thread.
-    """
-
-    def __init__(self, run: _Run) -> None:
-        self.run = weakref.ref(run)
-        self.engine = run.engine
-        self.pid = 0  # of the process that it was started in
-        self.reader = threading.current_thread()  # who has last read it
-        self.is_at_work = False  # inside of the engine
-        self.is_busy = False  # something is out
-        self.has_failed = False  # the engine, which takes no more
-        self.end_once = threading.Lock()  # test-and-set: it is never unlocked
-        self.ended = threading.Event()  # set if there is nothing to end
-        self.ended.set()
-        self.clean_ups = contextlib.ExitStack()  # all of them are done, if one fails
-
-    def begin(self) -> None:
-        self.pid, self.reader = os.getpid(), threading.current_thread()
-        self.ended.clear()
-        _open_runs.add(self)
-        _end_all_at_exit(self.pid)
-
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Surround what the consumer's thread does with the engine."""
-        if self.pid != os.getpid():
-            raise RuntimeError(
-                "a run cannot be read in a fork of the process it is from"
-            )
-        self.reader, self.is_at_work = threading.current_thread(), True
-        try:
-            yield
-        finally:
-            self.is_at_work = False
-            if self.is_over():  # meanwhile, in another thread
-                self.engine.abort_everything(ensure_ready=False)
-
-    def is_over(self) -> bool:
-        return self.end_once.locked()
-
-    def takes_more(self) -> bool:
-        return not (self.has_failed or self.is_over())
-
-    def end(self) -> None:
-        """End the run, and wait for that if it is this thread's. May be repeated.
-
-        It is done in another thread, where no signal handler interrupts it, and which
-        can wait for whatever this one may hold: the garbage collector may call this
-        anywhere, even in the middle of another run's work.
-        """
-        if self.ended.is_set() or self.pid != os.getpid():
-            return
-        with _interrupts_later():
-            if self.end_once.acquire(blocking=False):
-                try:
-                    _call_in_thread(self._end)
-                except BaseException:  # no stack is left, say: to be done another time
-                    self.end_once.release()
-                    raise
-        me = threading.current_thread()
-        is_busy = any(
-            other.is_at_work and other.reader is me for other in list(_open_runs)
-        )
-        if self.reader is me and not is_busy:
-            self.ended.wait(timeout=10)
-
-    def _end(self) -> None:
-        try:
-            self.clean_up()
-        finally:
-            _open_runs.discard(self)
-            self.ended.set()
-
-    def clean_up(self) -> None:
-        """Call off what is out; stop the workers, or keep them for the next run."""
-        if self.is_busy or self.has_failed:
-            self.clean_ups.callback(self.engine.abort_everything, ensure_ready=False)
-        self.clean_ups.close()
-        self.engine.parallel = None  # which refers to the engine
-
-    def fail(self, error: BaseException) -> None:
-        """Let whoever reads on meet an error."""
-        run = self.run()
-        if run is not None:
-            run.inbox.fail(error)
-
-
-_open_runs: set[_Lifetime] = set()
-_idle_pools: list[_Pool] = []  # only ever changed by atomic calls, so needs no lock
-_pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all that are not collected
-_most_idle = 3  # pools; none in a fork, which may end without any clean-up, or at exit
-_inherited: list[Any] = []  # what a fork has of its parent, which must not be collected
-
-
-def _call_in_thread(function: Callable[[], object]) -> None:
-    """Start *function* in a thread; call it here if no thread can be started."""
-    thread = threading.Thread(target=function, daemon=True)
-    try:
-        if not sys.is_finalizing():
-            thread.start()
-            return
-    except RuntimeError:  # a limit is reached, or the interpreter exits
-        pass
-    function()
-
-
-@functools.cache
-def _end_all_at_exit(pid: int) -> None:
-    """See to it, once a process, that nothing is left when it exits."""
-    atexit.register(_at_exit, pid)
-    multiprocessing.util.Finalize(None, _at_exit, (pid,), exitpriority=100)
-
-
-def _at_exit(pid: int) -> None:
-    """End the runs that nobody will read to the end, and stop their workers."""
-    global _most_idle
-    if pid != os.getpid():  # a fork
-        return
-    _most_idle = 0
-    read_on = set()
-    for lifetime in list(_open_runs):
-        reader = lifetime.reader
-        if reader is threading.main_thread() or not reader.is_alive():
-            # Whoever reads on, in a hook that comes later, must not take it for the
-            # end.
-            lifetime.fail(
-                RuntimeError("the run was ended, since the interpreter exits")
-            )
-        elif reader.daemon:
-            lifetime.fail(SystemExit())  # which ends a thread in silence
-        else:
-            read_on.add(lifetime.engine.pool)  # `threading` waits for it
-            continue
-        lifetime.end()
-        lifetime.ended.wait(timeout=10)
-    for pool in set(_pools) - read_on:
-        pool.stop()
-
-
-def _stop_idle_pools(most: int = 0) -> None:
-    """Stop idle workers, those that have been idle for longest first."""
-    while len(_idle_pools) > most:
-        with contextlib.suppress(IndexError):  # another thread has taken it
-            _idle_pools.pop(0).stop()
-
-
-# All starts of processes take this: a fork in the middle of one would hold the ends of
-# connections open.
-_starting = threading.RLock()
-_our_ends: set[Any] = set()  # of connections to workers, and of the life line
-_life_line: Any = None  # a pipe that ends when this process does
-
-
-def _after_fork() -> None:
-    """In a fork: let go of what the parent's runs have, and touch none of it."""
-    global _open_runs, _idle_pools, _most_idle, _life_line, _starting
-    _starting = threading.RLock()  # of which no other thread of the parent has a part
-    pools = [*_pools]
-    _inherited.append((_open_runs, _idle_pools, pools))
-    for lifetime in _open_runs:
-        run = lifetime.run()
-        if run is not None:
-            run.results.clear()  # which are to be read in the parent
-    for end in _our_ends:
-        end.close()  # or the parent's workers would not see that it has ended
-    # Python would stop the parent's worker processes, or fail to wait for them.
-    workers = {worker.process for pool in pools for worker in pool.workers}
-    if workers:
-        _private(multiprocessing.process, "_children").difference_update(workers)
-    _open_runs, _idle_pools, _most_idle, _life_line = set(), [], 0, None
-    _pools.clear()
-    _our_ends.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: _starting.acquire(),
-        after_in_parent=lambda: _starting.release(),
-        after_in_child=_after_fork,
-    )
-
-
-# --------------------------------------------------------------------------------------
-# Engines: joblib's backends, and what they lack.
+# Engines.
 
 
 # Private names of Python and joblib that this file uses, and what for. Looked at in
-# Python 3.10 to 3.14 and joblib 1.5.0 to 1.6.0. Without one of them no run that needs it
-# starts.
+# Python 3.11 to 3.15 and joblib 1.5.0 to 1.6.0. Without one of them, runs that need it
+# do not start.
 _PRIVATE_NAMES = {
-    # multiprocessing.process
-    "_children": "to let a fork not stop its parent's workers",
+    # multiprocessing.process.BaseProcess
+    "_bootstrap": "to start workers as multiprocessing starts processes",
     # joblib._memmapping_reducer
     "_get_temp_dir": "to put files where joblib would",
     # joblib.parallel.ParallelBackendBase
     "_prepare_worker_env": "to limit the threads of libraries in workers",
-    # joblib.parallel.ThreadingBackend
-    "_pool": "to share no threads with others",
 }
 
 
@@ -1638,378 +1457,356 @@ def _private(owner: Any, name: str) -> Any:
         raise RuntimeError(f"{message} ({versions}): use another version") from None
 
 
-_Received = tuple[list[Any], dict[int, Any], "_Failure | None"]
 _ReportFunction = Callable[[Any], None]
 
 
-# To a type checker the base could be anything: hence the "ignore", here and below.
-class _Engine(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
-    """Mixed into the class of a joblib backend: what the loop asks of it.
+class _Engine:
+    """Runs the batches of a run: what the loop asks of it.
 
-    This is what threads and backends of others need. All but `abort_everything`,
-    `stop_call` and `terminate`, which are called in the thread that ends the run, is
-    for the consumer's thread.
+    All methods but `end`, which is called in a thread of its own, are for the
+    consumer's thread.
     """
 
-    more_options: frozenset[str] = frozenset()  # that no signature tells of
     pool: Any = None
     workers = 1
-    limits_tasks = False  # it keeps *timeout* itself, for each task
+    batch_seconds = 0.4  # for which batches of many tasks should be out
+    batch_rule: Any = None  # a backend that has a rule of its own for that
+    limits_tasks = False  # it applies *timeout* itself, to each task
     look_again = math.inf  # seconds after which it may have changed
     task_weight: float = 0  # bytes of arrays in a task, if known
+    dump: Any = None  # pickles the function and the tasks, if they are sent
 
-    def separate_from(self, original: Any) -> None:
-        """Give up what must not be shared with *original*, of which this is a copy."""
-        if isinstance(self, joblib.parallel.ThreadingBackend):
-            _private(self, "_pool")  # maybe somebody else's threads
-            self._pool = None
-        if hasattr(self, "reset_batch_stats"):
-            self.reset_batch_stats()  # those of another run
+    def __init__(self, backend: Any) -> None:
+        self.name = type(backend).__name__
+        # A copy, since it may be shared. Dask's is not copied by copy.copy().
+        self.backend: Any = object.__new__(type(backend))
+        vars(self.backend).update(vars(backend))
+        self.parallel: Any = None
+
+    def configure(self, n_jobs: int, options: dict[str, Any]) -> Any:
+        """Have joblib check the options; return the Parallel that has them."""
+        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.backend, **options)
+        return self.parallel
+
+    def effective_n_jobs(self, n_jobs: int) -> int:
+        return int(self.backend.effective_n_jobs(n_jobs))
 
     def can_isolate(self) -> bool:
-        """Tell whether one worker would be another process, which can be killed."""
+        """Return whether one worker would be a process, which can be killed."""
         return False
 
+    def start(self, run: _Run) -> None:
+        """Get ready for the batches of a run."""
+
     def has_changed(self) -> bool:
-        """Tell whether there are more workers than there were, or fewer."""
+        """Return whether the number of workers has changed."""
         return False
 
     def check(self) -> None:
-        """Raise an error if no report will ever come."""
+        """Raise an exception if no report will ever come."""
 
-    def give_way(self) -> None:
-        """Get ready to wait, where that could keep tasks from running."""
+    def secede_from_pool(self) -> None:
+        """Let another task run while this thread waits, if it is one of a pool."""
 
-    def prepare(self, run: _Run) -> None:
-        """Get ready for the batches of a run."""
+    def reading(self) -> Any:
+        """Surround the reading of the results."""
+        return contextlib.nullcontext()
 
-    def pack(self, batch: _Batch, *, apart: bool = False) -> None:
-        """Pickle a batch as it was drawn, if it is to be."""
+    def pack(self, batch: _Batch) -> None:
+        """Pickle the tasks as they are when they are drawn, if they are sent."""
+        if self.dump is None:
+            return
+        try:
+            batch.messages = [_message(self.tasks_to_send(batch), self.dump)]
+            return
+        except Exception as error:
+            _raise_if_of_handler(error)
+        self.pack_apart(batch)
+
+    def pack_apart(self, batch: _Batch) -> None:
+        """Pickle each task by itself, but for those that have results.
+
+        So one that cannot be pickled or unpickled costs no other. None stands for the
+        message of one that cannot be pickled.
+        """
+        batch.messages, batch.unpicklable = [], []
+        for task in self.tasks_to_send(batch)[len(batch.results) :]:
+            try:
+                batch.messages.append(_message([task], self.dump))
+            except Exception as error:
+                _raise_if_of_handler(error)
+                batch.messages.append(None)
+                batch.unpicklable.append(
+                    _Failed(_pickling_error("a task cannot be pickled", error))
+                )
+
+    def tasks_to_send(self, batch: _Batch) -> list[Any]:
+        return batch.tasks
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
-        """Submit a batch. The engine must not keep the function: see _Run."""
-        in_thread = getattr(self, "supports_sharedmem", False)
-        run_batch = _WORKER.run_in_thread if in_thread else _by_value("run_elsewhere")
-        arguments = run.task_func, run.returns_errors, *batch.tasks
-        # The first may start threads, which an interrupt would leave behind.
-        starts = in_thread and batch.number == 0
+        """Have a batch done. The engine must not keep the function: see _Run."""
+        raise NotImplementedError
+
+    def end(self, *, kill: bool) -> None:
+        """Stop the workers, or keep them for another run. May be called again."""
+
+    def pickled_function(self, task_func: Any) -> bytes:
         try:
-            with _interrupts_later() if starts else contextlib.nullcontext():
-                calls = self.calls_of(batch, run_batch, *arguments)
-                self.submit(calls, callback=report)
-        except AttributeError as error:
-            # A thread could not be started, and Python's own pool of threads fails to
-            # stop those that could.
-            if isinstance(error.__context__, RuntimeError):
-                raise error.__context__ from None
-            raise
+            return bytes(self.dump(task_func))
+        except Exception as error:
+            _raise_if_of_handler(error)
+            what = f"task_func cannot be pickled: {_short_repr(task_func)}"
+            raise _pickling_error(what, error) from error
 
-    def calls_of(self, batch: _Batch, function: Any, *arguments: Any) -> Any:
-        """Return what joblib's backends take as a batch: a call of *function*."""
-        calls = joblib.parallel.BatchedCalls(batch.tasks, self.get_nested_backend())
-        # One call a batch: a call a task takes several times longer to make, to send
-        # and to unpickle.
-        calls.items = [joblib.delayed(function)(*arguments)]
-        return calls
+    def nested(self) -> dict[str, Any]:
+        """Return what joblib is to use for what tasks start by it."""
+        nested = self.backend.get_nested_backend()
+        backend, n_jobs = nested if isinstance(nested, tuple) else (nested, None)
+        return {"backend": backend, "n_jobs": n_jobs}
 
-    def read(self, outcome: Any) -> _Received | None:
-        """Return the results of a batch, what failed among them, and what ended it.
+    def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
+        """Take the results of a batch from its outcome.
 
-        The results are those of the first tasks, in their order; None stands for that
-        of a task that failed. If tasks have to be sent again, apart, None is returned.
+        Return what has become of the tasks that have none.
         """
         if isinstance(outcome, _Failure):
-            return [], {}, outcome
-        ((results, failures),) = self.retrieve_result_callback(outcome)
-        return results, failures, None
+            return outcome
+        for reply in outcome:
+            if isinstance(reply, bytes):
+                failure = self.read_reply(batch, reply)
+            else:
+                failure = self.read_other(batch, reply)
+            if failure is not None:
+                return failure
+        return None
 
-    def unpacked(self, error: Any, note: str, batch: _Batch) -> BaseException:
-        """Return the error of a task, from what the worker has sent."""
-        if isinstance(error, BaseException):
-            return error
-        return _unpacked_error(error, note)
+    def read_reply(self, batch: _Batch, reply: bytes) -> _Failure | None:
+        kind = reply[:1]
+        if kind == _UNREADABLE:
+            return _SEND_AGAIN
+        if kind not in (_NO_FUNCTION, _BROKEN):
+            batch.has_failed |= _read_results(reply, batch.results)
+            return None
+        _, packed = pickle.loads(memoryview(reply)[1:])
+        if kind == _NO_FUNCTION:
+            return _Failure(_unpacked_error(packed), ends_run=True)
+        batch.results.append(_Failed(_unpacked_error(packed)))
+        batch.has_failed = True
+        return None
 
-    def explained(self, failure: _Failure, rest: str) -> Any:
-        """Return the error that ended a batch; *rest* says of which tasks."""
-        return _as_raised(failure.error, rest)
+    def read_other(self, batch: _Batch, reply: Any) -> _Failure | None:
+        """Take what is no reply: seconds, or None in place of a task that was not sent."""
+        if reply is not None:
+            batch.seconds += reply
+            return None
+        batch.results.append(batch.unpicklable.pop(0))
+        batch.has_failed = True
+        return None
 
-
-def _is_registered(backend: Any, name: str) -> bool:
-    """Tell whether *backend* is of the class that is registered by that name."""
-    kind = joblib.parallel.BACKENDS.get(name)
-    return isinstance(kind, type) and isinstance(backend, kind)
-
-
-def _mixin_for(backend: Any) -> Any:
-    if isinstance(backend, joblib.parallel.LokyBackend):
-        return _Loky
-    if _is_registered(backend, "dask"):
-        return _Dask
-    if _is_registered(backend, "ray"):  # derived from that of multiprocessing
-        return _Ray
-    if isinstance(backend, joblib.parallel.MultiprocessingBackend):
-        return _Multiprocessing
-    return _Engine
-
-
-@functools.cache
-def _engine_class(mixin: Any, kind: Any) -> Any:
-    if issubclass(mixin, kind):
-        bases: Any = (mixin,)
-    elif issubclass(mixin, _Processes):
-        bases = (kind, mixin)  # what a third party adds to loky wraps what we do
-    else:
-        bases = (mixin, kind)
-    return type(kind.__name__, bases, {})
+    def explained(self, error: Any, note: str, batch: _Batch) -> BaseException:
+        """Return the exception of a task with its note."""
+        if isinstance(error, _Failure):
+            return cast("BaseException", error.explained(note))
+        return cast("BaseException", _with_task_note(error, note))
 
 
-def _engine_like(backend: Any) -> Any:
-    """Return an engine for one run like *backend*, which is left as it is."""
+def _engine_class(backend: Any) -> Any:
+    """Return the class of engine that runs tasks as a backend of joblib would.
+
+    Classes that others have derived from those of joblib are used as they are.
+    """
+    kinds = {
+        joblib.parallel.LokyBackend: _Processes,
+        joblib.parallel.MultiprocessingBackend: _Processes,
+        joblib.parallel.ThreadingBackend: _Threads,
+        joblib.parallel.BACKENDS.get("dask"): _Dask,
+        joblib.parallel.BACKENDS.get("ray"): _Ray,
+    }
+    kind = kinds.get(type(backend), _Registered)
     is_sequential = isinstance(backend, joblib.parallel.SequentialBackend)
-    if not (is_sequential or backend.supports_retrieve_callback):
+    reports = is_sequential or backend.supports_retrieve_callback
+    if kind is _Registered and not reports:
         raise ValueError(
             f"backend must tell when a batch has completed, got {backend!r}"
         )
-    kind: Any = type(backend)
-    engine = object.__new__(_engine_class(_mixin_for(backend), kind))
-    vars(engine).update(vars(backend))
-    engine.separate_from(backend)
-    return engine
+    return kind
 
 
-# ---- what is pickled -----------------------------------------------------------------
+# ---- threads -------------------------------------------------------------------------
 
 
-class _PicklesAs:
-    """Something that arrives in a worker as what *function* returns for *arguments*."""
+class _Threads(_Engine):
+    """Threads of this process. They cannot be stopped: busy ones are left alone."""
 
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.reduced = function, arguments
+    # Short, so that a thread that is no longer wanted soon ends.
+    batch_seconds = 0.004
 
-    def __reduce__(self) -> Any:
-        return self.reduced
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
+        self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.started = 0
 
-    def __call__(self, *arguments: Any) -> Any:
-        raise TypeError("it is a function in workers only")  # pickle wants a callable
+    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
+        if self.started < self.workers:
+            arguments = self.jobs, self.nested()
+            thread = threading.Thread(target=_work, args=arguments, daemon=True)
+            self.started += 1  # first, as an interrupt may come in between
+            _start(thread)
+        self.jobs.put((report, run.task_func, run.returns_errors, batch.tasks))
 
-
-@functools.cache
-def _by_value(name: str) -> _PicklesAs:
-    """Return what stands for a function that runs in workers (see below)."""
-    wrap = joblib.wrap_non_picklable_objects
-    function, arguments = wrap(getattr(_WORKER, name), keep_wrapper=False).__reduce__()
-    return _PicklesAs(function, *arguments)
-
-
-def _set_cause(error: BaseException, text: str) -> None:
-    # As `raise ... from` would, though the class may refuse an assignment.
-    set_cause: Any = BaseException.__cause__
-    set_cause.__set__(error, _WorkerTraceback(f'\n"""\n{text}\n"""'))
-
-
-def _unpacked_error(packed: Any, note: str = "") -> BaseException:
-    """Return an error that a worker has packed, with the text of its traceback."""
-    data, members, summary, text = packed
-    error: BaseException
-    try:
-        form = pickle.loads(data or b"")  # no data: it fails
-        if members is not None:
-            builtin, kind, args, state = form
-            form = builtin, kind, (*args, [*map(_unpacked_error, members)]), state
-        error = form if isinstance(form, BaseException) else _rebuilt_error(*form)
-    except Exception:
-        message = f"a task raised an exception that cannot be pickled: {summary}"
-        error = RuntimeError(message)
-    _set_cause(error, f"{text}\n{note}".strip() if sys.version_info < (3, 11) else text)
-    return error
-
-
-def _told_more(error: BaseException, text: str) -> BaseException:
-    """Return *error* with more text, if it is one that this file has made."""
-    if type(error) not in (BrokenProcessPool, _TaskTimeoutError):
-        return error
-    more = type(error)(f"{error}{text}")
-    more.__cause__ = error.__cause__
-    return more
-
-
-def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any:
-    """Make an error of class *kind* by the methods of its built-in base class alone."""
-    error = builtin.__new__(kind, *args)
-    builtin.__init__(error, *args)
-    for name, value in (state or {}).items():
-        object.__setattr__(error, name, value)  # also if the class is frozen
-    return error
-
-
-def _without_first_frame(error: BaseException) -> BaseException:
-    """Let go of the frame that has caught *error*, which is to refer to it."""
-    trace = error.__traceback__
-    return error.with_traceback(trace and trace.tb_next)
-
-
-class _Remote(_Engine):
-    """An engine whose workers are other processes: what is sent to them is pickled.
-
-    All of that is done here, in the consumer's thread, so that an error names its task,
-    keeps the results before it, and costs no worker.
-    """
-
-    dump: Any = None  # pickles the function and the tasks
-    files: Any = None  # _Files, if large arrays are mapped
-
-    def prepare(self, run: _Run) -> None:
-        self.returns_errors, self.limit = run.returns_errors, run.timeout
-        self.tasks_pickled = 0
-        self.dump = self.pickler()
-        try:
-            payload = self.dump(run.task_func)
-        except Exception as error:
-            shown = _shown(run.task_func)
-            message = f"task_func cannot be pickled: {shown}: {_WORKER.told(error)}"
-            raise pickle.PicklingError(message) from error
-        self.take_function(payload)
-        if self.files is not None:
-            self.files.of_function, self.files.weight = self.files.kept, 0
-
-    def pickler(self) -> Any:
-        return _WORKER.make_dump({types.CodeType: _code_with_its_file})
-
-    def take_function(self, payload: bytes) -> None:
-        """Keep the pickled function, which each worker is to unpickle once."""
-        raise NotImplementedError
-
-    def pack(self, batch: _Batch, *, apart: bool = False) -> None:
-        if self.files is not None:
-            self.files.kept = batch.arrays
-        batch.data = self.pickled(self.stand_ins(batch), batch.unpicklable, apart)
-        if self.files is not None:
-            self.tasks_pickled += len(batch.tasks)
-            self.task_weight = self.files.weight / self.tasks_pickled
-
-    def stand_ins(self, batch: _Batch) -> list[Any]:
-        """Return what is to be pickled in place of the tasks."""
-        return batch.tasks
-
-    def pickled(self, tasks: list[Any], unpicklable: Any, apart: bool) -> bytes:
-        """Return the pickled tasks of a batch; put errors of that into *unpicklable*.
-
-        They travel together. Those of which one cannot be pickled or unpickled travel
-        apart, so that it costs none of the others; in its place there is nothing, which
-        cannot be unpickled.
-        """
-        # To unpickle a task is part of the time that it may take.
-        if not (apart or (self.limit is not None and not _WORKER.are_plain(tasks))):
-            with contextlib.suppress(Exception):
-                return bytes(self.dump(tasks, _TOGETHER))
-        parts = []
-        for index, task in enumerate(tasks):
-            try:
-                parts.append(self.dump(task))
-            except Exception as error:
-                message = f"a task cannot be pickled: {_WORKER.told(error)}"
-                unpicklable[index] = pickle.PicklingError(message)
-                unpicklable[index].__cause__ = _without_first_frame(error)
-                parts.append(b"")
-        return _APART + pickle.dumps(parts, protocol=-1)
-
-    def read(self, outcome: Any) -> _Received | None:
-        outcome = self.retrieve_result_callback(outcome)
+    def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
         if isinstance(outcome, _Failure):
-            return [], {}, outcome
-        received: list[Any] = []
-        failures: dict[int, Any] = {}
-        if outcome.is_unreadable():
-            return None
-        for reply in outcome.replies:
-            kind, results, failed = pickle.loads(memoryview(reply)[1:])
-            if kind in ("no function", "no results"):
-                ends_run = kind == "no function" and outcome.ends_run
-                failure = _Failure(_unpacked_error(failed), ends_run=ends_run)
-                return received, failures, failure
-            failures.update((len(received) + index, failed[index]) for index in failed)
-            if kind == "apart":
-                self.unpickle(results, failures, len(received))
-            received += results
-        return received, failures, outcome.failure
+            return outcome
+        batch.results, batch.has_failed, batch.seconds = outcome
+        return None
 
-    def unpickle(self, results: list[Any], failures: Any, first: int) -> None:
-        """Unpickle results that have come apart, each in its place."""
-        for index, data in enumerate(results):
-            if first + index not in failures:
-                try:
-                    results[index] = pickle.loads(data)
-                except (Exception, SystemExit, GeneratorExit) as error:
-                    message = f"the result cannot be unpickled: {_WORKER.told(error)}"
-                    if isinstance(error, AttributeError):
-                        message += (
-                            ": a class of the program travels by value, which not all "
-                            "can (those with slots): put it into a module"
-                        )
-                    failure = pickle.UnpicklingError(message)
-                    failure.__cause__ = _without_first_frame(error)
-                    failures[first + index] = failure
-
-    def retrieve_result_callback(self, out: Any) -> Any:
-        return out
-
-    def unpacked(self, error: Any, note: str, batch: _Batch) -> BaseException:
-        unpacked = super().unpacked(error, note, batch)
-        has_arrays = self.files is not None and (batch.arrays or self.files.of_function)
-        with contextlib.suppress(Exception):  # as its own methods may fail
-            text = f"{unpacked} {unpacked.__cause__}"
-            if has_arrays and re.search("(array|buffer|destination).* read-only", text):
-                return cast(BaseException, _as_raised(unpacked, _READ_ONLY))
-        return unpacked
+    def end(self, *, kill: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:  # none of these begins
+                self.jobs.get_nowait()
+        for _ in range(self.started):
+            self.jobs.put(None)
 
 
-_READ_ONLY = (
-    "Arrays of more than max_nbytes are mapped, read-only: mmap_mode='c' lets a task "
-    "change its own view, max_nbytes=None sends copies"
-)
+def _work(jobs: queue.SimpleQueue[Any], nested: dict[str, Any]) -> None:
+    """Be a worker that is a thread."""
+    with joblib.parallel_config(**nested):
+        while (job := jobs.get()) is not None:
+            report, *arguments = job
+            outcome: Any
+            try:
+                outcome = _run_in_thread(*arguments)
+            except BaseException as error:  # somebody waits for a report
+                outcome = _Failure(error, ends_run=True)
+            report(outcome)
+            del job, report, arguments, outcome
 
 
-class _Outcome(NamedTuple):
-    """What a worker has sent for a batch, and what kept it from sending the rest."""
-
-    replies: list[Any]
-    failure: _Failure | None = None
-    ends_run: bool = True  # if the function could not be loaded
-
-    def is_unreadable(self) -> bool:
-        return self.replies[-1:] == [_UNREADABLE]
+# ---- backends of others --------------------------------------------------------------
 
 
-# ---- Dask and Ray --------------------------------------------------------------------
+class _Registered(_Engine):
+    """Any other backend of joblib, used by the methods that `joblib.Parallel` calls."""
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
+        auto = joblib.parallel.AutoBatchingMixin.compute_batch_size
+        if type(backend).compute_batch_size is not auto:
+            self.batch_rule = self.backend
+        self.clean_ups = contextlib.ExitStack()  # calls all, even if one fails
+
+    def start(self, run: _Run) -> None:
+        self.clean_ups.push(self.parallel)
+        self.parallel.__enter__()
+        self.clean_ups.callback(self.backend.stop_call)
+        self.backend.start_call()
+        if not getattr(self.backend, "supports_sharedmem", False):
+            self.dump = _make_dump(_common_reducers())
+            payload = self.pickled_function(run.task_func)
+            function = _LoadedFunction(payload, run.returns_errors, {})
+            self.key, self.function = uuid.uuid4().hex, self.stored(function)
+
+    def stored(self, function: _LoadedFunction) -> Any:
+        return function
+
+    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
+        call: Any = _run_in_thread
+        arguments: Any = run.task_func, run.returns_errors, batch.tasks
+        if self.dump is not None:
+            call = _InWorker("_answer_in_worker")
+            arguments = self.key, self.function, batch.messages
+        calls = joblib.parallel.BatchedCalls(
+            batch.tasks, self.backend.get_nested_backend()
+        )
+        # One call for the batch: one for each task takes several times longer.
+        calls.items = [joblib.delayed(call)(*arguments)]
+        self.backend.submit(calls, callback=report)
+
+    def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
+        if not isinstance(outcome, _Failure):
+            (outcome,) = self.backend.retrieve_result_callback(outcome)
+        if self.dump is not None:
+            return super().read(batch, outcome)
+        if isinstance(outcome, _Failure):
+            return outcome
+        batch.results, batch.has_failed, batch.seconds = outcome
+        return None
+
+    def end(self, *, kill: bool) -> None:
+        if kill:
+            self.clean_ups.callback(self.backend.abort_everything, ensure_ready=False)
+        self.clean_ups.close()
+        self.backend.parallel = None
 
 
-class _Dask(_Remote):
-    """Sends batches by the client itself: joblib's way to it scatters the tasks.
+class _Ray(_Registered):
+    """Puts the function into Ray's store once a run; each worker unpickles it once."""
+
+    def effective_n_jobs(self, n_jobs: int) -> int:
+        ray = importlib.import_module("ray")
+        if not ray.is_initialized():
+            ray.init()  # as joblib's backend would, a moment later
+        return super().effective_n_jobs(n_jobs)
+
+    def stored(self, function: _LoadedFunction) -> Any:
+        return importlib.import_module("ray").put(function)
+
+    def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
+        try:
+            return super().read(batch, outcome)
+        except Exception as error:  # an actor has died, which Ray does not replace
+            failure = _Failure(error, ends_run=True)
+            failure.suspects = range(len(batch.tasks))
+            return failure
+
+    def end(self, *, kill: bool) -> None:
+        if importlib.import_module("ray").is_initialized():  # or it would be started
+            super().end(kill=kill)
+
+
+# ---- Dask ----------------------------------------------------------------------------
+
+
+class _Dask(_Engine):
+    """Sends batches by the client itself: joblib's backend scatters the tasks.
 
     What is scattered is lost with its worker, and joblib (1.5.0 to 1.6.0) does not
-    report that; nor does it let go of the results of a run that was left. Here batches
-    are calls, and so is the function: Dask makes it again if it is lost.
+    report that; nor does it release the results of a run that was left. Here batches
+    are calls, and so is the function: Dask computes it again if it is lost.
     """
 
     look_again = 2
     next_look: float = 0
 
-    def separate_from(self, original: Any) -> None:
-        super().separate_from(original)
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
+        self.client = backend.client
         self.futures: set[Any] = set()  # of batches that are out
-        self.function: Any = None
+        self.function: Any = None  # a future
         self.threads: list[int] = []  # how many all workers have, once that is known
+        self.over = threading.Event()
 
     def effective_n_jobs(self, n_jobs: int) -> int:
-        # With one worker tasks would run in this process, not on the cluster. With
-        # none, joblib raises an error.
-        workers = int(super().effective_n_jobs(n_jobs))
+        # With one worker, tasks would run in this process, not on the cluster. With
+        # none, joblib raises an exception.
+        workers = super().effective_n_jobs(n_jobs)
         return workers and max(workers, 2)
+
+    def start(self, run: _Run) -> None:
+        self.next_look = time.monotonic() + self.look_again
+        self.dump = _make_dump(_common_reducers())
+        payload = self.pickled_function(run.task_func)
+        function = _LoadedFunction(payload, run.returns_errors, {"backend": "dask"})
+        options = self.backend.submit_kwargs
+        self.call = functools.partial(_call_on_dask, self.client, options)
+        self.function = self.call(-1, _InWorker("_of_known_type"), function)
+        self.is_handed_out = asyncio.Event()
+        self.hand_out_function()
 
     def has_changed(self) -> bool:
         if time.monotonic() >= self.next_look:
             self.next_look = time.monotonic() + self.look_again
-            # To wait for the answer could be to wait for ever.
+            # The scheduler may never answer: do not wait for it.
             self.client.loop.add_callback(_count_on_dask, self.client, self.threads)
         before = self.workers
         if self.threads:
@@ -2023,20 +1820,20 @@ class _Dask(_Remote):
         if self.client.status in ("closing", "closed"):
             raise RuntimeError("the client of Dask has been closed")
 
-    def give_way(self) -> None:
+    def secede_from_pool(self) -> None:
         if self in _seceded.runs:
             return
         if not _seceded.is_out:
-            # That fails if it is no thread of a task, or the task has done it itself.
+            # Fails if this is no thread of a task, or if the task has seceded itself.
             with contextlib.suppress(Exception):
                 importlib.import_module("dask.distributed").secede()
                 _seceded.is_out = True
         _seceded.runs.add(self)
 
     @contextlib.contextmanager
-    def retrieval_context(self) -> Iterator[None]:
-        # That of joblib fails for the second run that a task has open, and does not
-        # come back from one that is left.
+    def reading(self) -> Iterator[None]:
+        # joblib's own fails for the second run that a task has open, and does not
+        # rejoin after one that is left.
         try:
             yield
         finally:
@@ -2045,30 +1842,13 @@ class _Dask(_Remote):
                 _seceded.is_out = False
                 importlib.import_module("dask.distributed").rejoin()
 
-    def start_call(self) -> None:
-        self.next_look = time.monotonic() + self.look_again
-        self.over = threading.Event()
-
-    def stop_call(self) -> None:
-        self.over.set()
-        self.futures.clear()
-        self.function = None  # which lets the cluster forget it
-
-    def take_function(self, payload: bytes) -> None:
-        config = {"backend": "dask"}
-        functions = self.dump(_WORKER.Functions(payload, self.returns_errors, config))
-        call = functools.partial(_call_on_dask, self.client, self.submit_kwargs)
-        self.function, self.call = call(-1, pickle.loads, functions), call
-        self.is_handed_out = asyncio.Event()
-        self.hand_out_function()
-
     def hand_out_function(self) -> None:
         state = self.function, self.is_handed_out
         self.client.loop.add_callback(_hand_out_on_dask, self.client, *state)
 
-    def stand_ins(self, batch: _Batch) -> list[Any]:
-        # What the user has scattered stays where it is; its key stands for it.
-        futures = [self.data_futures.get(id(task)) for task in batch.tasks]
+    def tasks_to_send(self, batch: _Batch) -> list[Any]:
+        # What the user has scattered stays where it is: its key replaces it.
+        futures = [self.backend.data_futures.get(id(task)) for task in batch.tasks]
         batch.scattered = {str(f.key): f for f in futures if f is not None}
         return [
             task if future is None else str(future.key)
@@ -2077,21 +1857,23 @@ class _Dask(_Remote):
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
         apply = importlib.import_module("dask.utils").apply
-        arguments = [batch.data, batch.scattered]
+        arguments = [batch.messages, batch.scattered]
         call = functools.partial(
             self.call, batch.number, apply, self.function, arguments
         )
         state = self.function, self.is_handed_out, self.futures, self.over
         self.client.loop.add_callback(_run_on_dask, self.client, call, *state, report)
 
-    def abort_everything(self, ensure_ready: bool = True) -> None:
+    def end(self, *, kill: bool) -> None:
         self.over.set()
-        if self.client.status == "running":
+        if kill and self.client.status == "running":
             self.client.cancel([*self.futures, *filter(None, [self.function])])
+        self.futures.clear()
+        self.function = None  # so that the cluster releases it
 
 
 class _Seceded(threading.local):
-    """Of a thread of a Dask worker: runs that its task has open, and waits for."""
+    """For a thread of a Dask worker: the runs that its task has open."""
 
     def __init__(self) -> None:
         self.runs: weakref.WeakSet[_Dask] = weakref.WeakSet()
@@ -2104,19 +1886,19 @@ _configuring_dask = threading.Lock()
 
 def _call_on_dask(client: Any, options: Any, number: int, *call: Any) -> Any:
     """Have the cluster call something; return the future."""
-    # To Dask, tasks of one name are of one kind: these are shared out evenly.
+    # Dask takes tasks of one name for one kind: these are shared out evenly.
     name = "function" if number < 0 else "batch"
     # What is submitted in the same moment would be run in any order.
     options = {**options, "priority": options.get("priority", 0) - number * 1e-6}
     config = importlib.import_module("dask").config
-    # Dask would warn of large tasks; but they have to travel in some way.
+    # Dask would warn of large tasks; but they have to be sent in some way.
     limit = {"distributed.admin.large-graph-warning-threshold": "1TB"}
     with _configuring_dask, config.set(limit):
         return client.submit(*call, key=f"{name}-{uuid.uuid4().hex}", **options)
 
 
 async def _count_on_dask(client: Any, threads: list[int]) -> None:
-    """Look how many threads all workers have: on the event loop of the client."""
+    """Find out how many threads all workers have: on the event loop of the client."""
     with contextlib.suppress(Exception):  # the client has been closed, say
         threads[:] = [sum((await client.ncores()).values())]
 
@@ -2124,12 +1906,12 @@ async def _count_on_dask(client: Any, threads: list[int]) -> None:
 async def _hand_out_on_dask(client: Any, function: Any, done: asyncio.Event) -> None:
     """Copy the function to all workers of the moment: on the event loop of the client.
 
-    Dask has a call run where the data is that it needs, and moves calls to idle workers
-    only if those that have had their name took long.
+    Dask has a call run where its arguments are, and moves calls to idle workers only if
+    earlier calls of the same name took long.
     """
     with contextlib.suppress(Exception, asyncio.CancelledError):
         await function.exception(asynchronous=True)
-        # One that does not answer must not keep the others from work.
+        # A worker that does not answer must not keep the others from work.
         copying = client.replicate([function], asynchronous=True)
         await asyncio.wait_for(copying, _PATIENCE)
     done.set()
@@ -2147,15 +1929,14 @@ async def _run_on_dask(
     """Have a batch run, and report its outcome: on the event loop of the client."""
     future: Any = None
     try:
-        # Those that wait for the function on the cluster would be run in any order.
+        # Calls that wait for the function on the cluster would be run in any order.
         await is_handed_out.wait()
         if not over.is_set():
             future = call()
             futures.add(future)
             if over.is_set():  # meanwhile
                 await client.cancel([future], asynchronous=True)
-            reply = await client.gather(future, asynchronous=True)
-            report(_Outcome([reply]))
+            report(await client.gather(future, asynchronous=True))
     except BaseException as error:
         # Without the function, no other batch could be run, either.
         is_lost = function.status in ("cancelled", "error")
@@ -2163,53 +1944,862 @@ async def _run_on_dask(
     futures.discard(future)
 
 
-class _Ray(_Remote):
-    """Puts the function into Ray's store once a run; each worker unpickles it once."""
+# --------------------------------------------------------------------------------------
+# What is sent: the function, tasks, results and exceptions.
+#
+#    a message      a list of tasks, as one pickle: so what they share is sent once. If
+#                   it cannot be pickled or unpickled, each task is a list of its own.
+#    a reply        a byte that tells its kind; then a list of results, as one pickle,
+#                   if the program can unpickle them without fail: see _PlainPickler. If
+#                   some are of classes of the program, a dict of these and the list.
+#                   Else a tuple: each result as a pickle of its own, so that one that
+#                   cannot be unpickled costs no other; or, in its place, a packed
+#                   exception.
 
-    def effective_n_jobs(self, n_jobs: int) -> int:
-        ray = importlib.import_module("ray")
-        if not ray.is_initialized():
-            ray.init()  # as joblib's backend would, a moment later
-        return int(super().effective_n_jobs(n_jobs))
+# First bytes of messages: a list of tasks, or of one; the function of a run; no more
+# tasks will come for that.
+_TASKS, _TASK, _FUNCTION, _FORGET = b"n", b"1", b"f", b"-"
 
-    def take_function(self, payload: bytes) -> None:
-        functions = self.dump(_WORKER.Functions(payload, self.returns_errors, {}))
-        self.function = uuid.uuid4().hex, importlib.import_module("ray").put(functions)
+# First bytes of replies. The worker is ready; some results, with more to come; the last
+# ones; the last ones, since a task has failed and errors are to be raised.
+_READY, _MORE, _DONE, _STOPPED = b"r", b"+", b".", b"!"
 
-    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
-        answer, arguments = _by_value("answer_of_ray"), (*self.function, batch.data)
-        self.submit(self.calls_of(batch, answer, *arguments), callback=report)
+# More of them. The tasks of a message cannot be unpickled together; or the function
+# cannot; or the worker itself has failed, and leaves.
+_UNREADABLE, _NO_FUNCTION, _BROKEN = b"?", b"f", b"x"
 
-    def read(self, outcome: Any) -> _Received | None:
+
+class _InThread(threading.local):
+    """What a thread is doing."""
+
+    classes: Any = None  # of the reply that it is reading
+    is_loading = False  # what a worker needs, outside of tasks
+
+
+_in_thread = _InThread()
+
+
+class _WorkerTraceback(Exception):
+    """The text of a traceback from elsewhere, as the cause of an exception."""
+
+
+def _set_cause(error: BaseException, text: str) -> None:
+    # As `raise ... from` would, though the class may refuse an assignment.
+    set_cause: Any = BaseException.__cause__
+    set_cause.__set__(error, _WorkerTraceback(f'\n"""\n{text}\n"""'))
+
+
+def _make_dump(reducers: Any) -> Any:
+    """Return a function that pickles like joblib.
+
+    It has one pickler, since to make one is slow.
+    """
+    kind: Any = _loky("backend.reduction").get_loky_pickler()
+    buffer = pickler = cast("Any", None)
+
+    def dump(value: Any, prefix: bytes = b"") -> bytes:
+        nonlocal buffer, pickler
+        if pickler is None:
+            buffer = io.BytesIO()
+            pickler = kind(buffer, reducers=reducers, protocol=pickle.HIGHEST_PROTOCOL)
         try:
-            return super().read(outcome)
-        except Exception as error:  # an actor has died, which Ray does not replace
-            return [], {}, _Failure(error, ends_run=True)
+            buffer.write(prefix)
+            pickler.dump(value)
+            return bytes(buffer.getvalue())
+        finally:
+            # A memo table never shrinks, and a large one takes long to clear. A buffer
+            # for which there was no memory is closed.
+            if buffer.closed or buffer.tell() > _LARGE_PICKLE:
+                pickler = None
+            else:
+                pickler.clear_memo()
+                buffer.seek(0)
+                buffer.truncate()
 
-    def retrieve_result_callback(self, out: Any) -> Any:
-        if isinstance(out, _Failure):
-            return out
-        return _Outcome(super(_Remote, self).retrieve_result_callback(out))
-
-    def abort_everything(self, ensure_ready: bool = True) -> None:
-        if importlib.import_module("ray").is_initialized():  # or it would be started
-            super().abort_everything(ensure_ready)
-
-    def terminate(self) -> None:
-        if importlib.import_module("ray").is_initialized():
-            super().terminate()
+    return dump
 
 
-# ---- loky and multiprocessing --------------------------------------------------------
+_LARGE_PICKLE = 30_000  # bytes
+
+
+def _common_reducers() -> dict[Any, Any]:
+    return {types.CodeType: _reduce_code, **_array_reducers(_reduce_to_copy)}
+
+
+def _reduce_code(code: types.CodeType) -> Any:
+    """Reduce code as cloudpickle does, but for the file that tracebacks show."""
+    table = _loky("backend.reduction").get_loky_pickler().dispatch_table
+    function, arguments, *_ = table[types.CodeType](code)
+    name = "<dynamic-code>"
+    return function, tuple(
+        code.co_filename if type(a) is str and a == name else a for a in arguments
+    )
 
 
 def _loky(module: str) -> Any:
     return importlib.import_module(f"joblib.externals.loky.{module}")
 
 
+def _pickling_error(what: str, error: BaseException) -> pickle.PicklingError:
+    failure = pickle.PicklingError(f"{what}: {_error_line(error)}")
+    # Not the frame that has caught it, which will refer to this exception.
+    trace = error.__traceback__
+    failure.__cause__ = error.with_traceback(trace and trace.tb_next)
+    return failure
+
+
+def _unpickling_error(what: str, error: BaseException) -> pickle.UnpicklingError:
+    """Return an exception that says what cannot be unpickled, and what to do."""
+    message = f"{what}: {_error_line(error)}"
+    trace: Any = error.__traceback__
+    if isinstance(error, ImportError):
+        kind = _loky("backend.reduction").get_loky_pickler()
+        cloudpickle = kind.__mro__[1].__module__.rpartition(".")[0]
+        message += (
+            ": install it where the workers are, or have the module sent with what "
+            f"is of it, by {cloudpickle}.register_pickle_by_value"
+        )
+    elif isinstance(error, AttributeError) and not trace.tb_next:
+        message += (
+            ": what the program has wrapped (as by lru_cache) or made with slots is "
+            "sent by its name, which other processes do not have: put it into a module"
+        )
+    failure = pickle.UnpicklingError(message)
+    failure.__cause__ = error.with_traceback(trace and trace.tb_next)
+    return failure
+
+
+def _error_line(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(type(error), error)).strip()
+
+
+def _message(tasks: list[Any], dump: Any) -> bytes:
+    return bytes(dump(tasks, _TASK if len(tasks) == 1 else _TASKS))
+
+
+def _is_unreadable(outcome: Any) -> bool:
+    """Return whether tasks of a batch are to be sent again, one by one."""
+    return isinstance(outcome, list) and outcome[-1:] == [_UNREADABLE]
+
+
+class _PlainPickler(pickle.Pickler):
+    """Pickles what the program can unpickle without fail, and raises an exception else.
+
+    That is: plain values and their containers, arrays and scalars of numpy, and objects
+    of classes of the program that are pickled by default. The classes are indices into
+    *classes*, since to pickle one takes longer than a small result.
+    """
+
+    def __init__(self, buffer: Any) -> None:
+        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
+        self.classes: list[type] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        kind = type(value)
+        numpy: Any = sys.modules.get("numpy")
+        if kind in self.classes or value is _class_at:
+            return NotImplemented
+        if isinstance(value, type) and value in self.classes:
+            return _class_at, (self.classes.index(value),)
+        if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
+            if kind is numpy.ndarray and not value.dtype.hasobject:
+                if _reduce_to_mapping(value) is None:
+                    return _reduce_to_copy(value)
+            elif kind is not numpy.void and isinstance(value, numpy.generic):
+                return NotImplemented
+        elif kind is complex or value is complex or _is_of_numpy(value):
+            return NotImplemented
+        elif _is_pickled_by_default(kind):
+            self.classes.append(kind)
+            return NotImplemented
+        raise pickle.PicklingError
+
+
+def _is_of_numpy(value: Any) -> bool:
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return str(module).partition(".")[0] == "numpy"
+
+
+def _is_pickled_by_default(kind: Any) -> bool:
+    """Return whether this is a class of the program that says nothing of pickling."""
+    return kind.__module__ == "__main__" and all(
+        getattr(kind, name, None) is getattr(object, name, None)
+        for name in (
+            *("__new__", "__reduce__", "__reduce_ex__", "__getstate__"),
+            *("__getnewargs__", "__getnewargs_ex__", "__setstate__", "__slots__"),
+        )
+    )
+
+
+def _share_changeable(values: list[Any]) -> bool:
+    """Return whether something that can be changed is in *values* twice.
+
+    Results are not to share it, since others are in the same reply by chance only.
+    """
+    most, count = 100 * len(values), 0
+    ids: set[int] = set()
+    while (kinds := set(map(type, values))) - _PLAIN:
+        kinds = kinds - _UNCHANGEABLE
+        if kinds:
+            changeable = [value for value in values if type(value) in kinds]
+            ids.update(map(id, changeable))
+            count += len(changeable)
+        values = gc.get_referents(*values)
+        if not kinds <= _CONTAINERS:
+            values = [value for value in values if not isinstance(value, type)]
+        if len(ids) < count or len(values) > most:  # finding out may take too long
+            return True
+    return False
+
+
+# Types whose values hold no others; of what cannot be changed; of containers.
+_PLAIN = frozenset((bool, bytes, complex, float, int, str, type(None)))
+_UNCHANGEABLE = _PLAIN | {tuple, frozenset}
+_CONTAINERS = frozenset((dict, list, set))
+
+
+class _ReplyPickler:
+    """Pickles the replies of a worker."""
+
+    def __init__(self, reducers: Any) -> None:
+        self.dump = _make_dump(reducers)
+        self.page: Any = [0, 0, 0, 0]  # see _BEGUN
+
+    def reply(self, kind: bytes, results: list[Any]) -> bytes:
+        """Return the reply that has these results, some of which may be _Failed."""
+        buffer = io.BytesIO()
+        buffer.write(kind)
+        with contextlib.suppress(Exception):  # not without fail, or nested too deeply
+            pickler = _PlainPickler(buffer)
+            pickler.dump(results)
+            if not _share_changeable(results):
+                if not pickler.classes:
+                    return buffer.getvalue()
+                classes = [self.dump(known) for known in pickler.classes]
+                content = {
+                    "classes": classes,
+                    "results": buffer.getvalue()[1:],
+                    "count": len(results),
+                }
+                return kind + pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+        parts = [self.packed(result) for result in results]
+        while True:
+            try:
+                return kind + pickle.dumps(tuple(parts), pickle.HIGHEST_PROTOCOL)
+            except MemoryError as error:  # leave out the largest
+                sizes = [len(part) if type(part) is bytes else 0 for part in parts]
+                if not any(sizes):
+                    raise
+                parts[sizes.index(max(sizes))] = self.packed_error(error)
+
+    def packed(self, result: Any) -> Any:
+        if type(result) is _Failed:
+            return result.error
+        self.page[_PICKLED] += 1  # each result has a time limit of its own
+        try:
+            return self.dump(result)
+        except BaseException as error:
+            return self.packed_error(error)
+
+    def packed_error(self, error: BaseException) -> Any:
+        failure = _pickling_error("the result cannot be pickled", error)
+        return _pack_error(failure, self.dump)
+
+
+def _read_results(reply: bytes, results: list[Any]) -> bool:
+    """Append the results of a reply; return whether some are _Failed."""
+    received = pickle.loads(memoryview(reply)[1:])
+    if type(received) is list:
+        results += received
+        return False
+    if type(received) is dict:
+        in_thread = _module_of_workers()._in_thread
+        lost: dict[type, _Failed] = {}
+        in_thread.classes = [_loaded_class(data, lost) for data in received["classes"]]
+        loaded, has_failed = _loaded(received["results"])
+        in_thread.classes = None
+        if has_failed:
+            loaded = [loaded] * received["count"]
+        elif lost:
+            loaded = [_lost_class_in(result, lost) or result for result in loaded]
+        results += loaded
+        return has_failed or bool(lost)
+    has_failed = False
+    for part in received:
+        if type(part) is bytes:
+            result, is_lost = _loaded(part)
+        else:
+            result, is_lost = _Failed(_unpacked_error(part)), True
+        results.append(result)
+        has_failed |= is_lost
+    return has_failed
+
+
+def _loaded(data: bytes) -> tuple[Any, bool]:
+    """Return what was pickled and False, or _Failed and True."""
+    try:
+        return pickle.loads(data), False
+    except (Exception, SystemExit, GeneratorExit) as error:
+        _raise_if_of_handler(error)
+        what = "the result cannot be unpickled"
+        return _Failed(_unpickling_error(what, error)), True
+
+
+def _loaded_class(data: bytes, lost: dict[type, _Failed]) -> type:
+    """Unpickle a class; if that fails, return another one, whose objects are *lost*.
+
+    Its objects are unpickled by default, so that any class will do.
+    """
+    loaded, has_failed = _loaded(data)
+    if has_failed:
+        failed, loaded = loaded, type("Lost", (), {})
+        lost[loaded] = failed
+    return cast("type", loaded)
+
+
+def _lost_class_in(result: Any, lost: dict[type, _Failed]) -> _Failed | None:
+    """Return _Failed if a result has an object of a class that is lost."""
+    values, seen = [result], {id(result)}
+    while values:
+        for value in values:
+            if type(value) in lost:
+                return lost[type(value)]
+        found = {id(v): v for v in gc.get_referents(*values) if not isinstance(v, type)}
+        values = [found[key] for key in found.keys() - seen]
+        seen |= found.keys()
+    return None
+
+
+def _class_at(index: int) -> Any:
+    return _in_thread.classes[index]
+
+
+def _module_of_workers() -> Any:
+    """Return the module of this file by the name that it has in workers.
+
+    Here, `_class_at` arrives by that name; in a worker, other copies of this file find
+    out by it what the worker does.
+    """
+    name = _code_to_send()[2]
+    module: Any = types.ModuleType(name)
+    module._in_thread, module._class_at = _in_thread, _class_at
+    return sys.modules.setdefault(name, module)
+
+
+def _pack_error(error: BaseException, dump: Any) -> Any:
+    """Return an exception in a form that can be unpickled: see `_unpacked_error`."""
+
+    def text_of(format_lines: Any) -> str:
+        try:
+            text = "".join(format_lines()).strip()
+            return text.encode(errors="backslashreplace").decode()
+        except Exception:  # its own methods may fail
+            return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
+
+    def format_all() -> Any:
+        whole = traceback.TracebackException.from_exception(error)
+        part: Any = whole
+        while part is not None:  # leave out the frames of this file
+            frames = [f for f in part.stack if f.filename != _CODE.co_filename]
+            part.stack = traceback.StackSummary.from_list(frames)
+            part = part.__cause__ or part.__context__
+        return whole.format()
+
+    def dumped(form: Any) -> Any:
+        with contextlib.suppress(BaseException):
+            data = dump(form)
+            loaded = pickle.loads(data)
+            if form is not error or repr(loaded.args) == repr(error.args):
+                return data
+        return None
+
+    kind: Any = type(error)
+    summary = text_of(lambda: traceback.format_exception_only(kind, error))
+    text = text_of(format_all)
+    # Many a class cannot be called with the `args` that it has passed to its base, as
+    # pickle would. Then what its built-in base class knows is sent.
+    bases = [base for base in kind.__mro__ if base in vars(builtins).values()]
+    builtin: Any = bases[0]
+    data, members = dumped(error), None
+    if data is None and isinstance(error, BaseExceptionGroup):
+        members = [_pack_error(member, dump) for member in error.exceptions]
+        data = dumped((builtin, kind, (error.message,), vars(error)))
+    elif data is None:
+        data = dumped((builtin, *builtin.__reduce__(error)))
+    return data, members, summary, text
+
+
+def _unpacked_error(packed: Any) -> BaseException:
+    """Return an exception that was packed, with the text of its traceback."""
+    data, members, summary, text = packed
+    error: BaseException
+    try:
+        form = pickle.loads(data or b"")  # without data, this fails
+        if members is not None:
+            builtin, kind, args, state = form
+            form = builtin, kind, (*args, [*map(_unpacked_error, members)]), state
+        error = form if isinstance(form, BaseException) else _rebuilt_error(*form)
+    except Exception as caught:
+        _raise_if_of_handler(caught)
+        message = f"a task raised an exception that cannot be pickled: {summary}"
+        error = RuntimeError(message)
+    _set_cause(error, text)
+    return error
+
+
+def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any:
+    """Make an exception by the methods of its built-in base class alone."""
+    error = builtin.__new__(kind, *args)
+    builtin.__init__(error, *args)
+    for name, value in (state or {}).items():
+        object.__setattr__(error, name, value)  # also if the class is frozen
+    return error
+
+
+# --------------------------------------------------------------------------------------
+# What runs in a worker.
+#
+# Workers need not have this file, and never import it: they are sent its code, and
+# execute that as a module of another name. Nothing is sent by value but the first few
+# lines, which are text, since the worker may run another version of Python.
+
+_CODE: Any = cast("Any", inspect.currentframe()).f_code  # of this very file
+
+_LOADER = """
+def load(magic, version, name, code):
+    import importlib.util, marshal, sys, types
+    if magic != importlib.util.MAGIC_NUMBER:
+        found = sys.version.split()[0]
+        raise ImportError(f"the program runs Python {version}, a worker {found}")
+    if name not in sys.modules:
+        module = types.ModuleType(name)
+        exec(marshal.loads(code), module.__dict__)
+        sys.modules.setdefault(name, module)
+    return sys.modules[name]
+"""
+
+
+@functools.cache
+def _code_to_send() -> tuple[bytes, str, str, bytes]:
+    """Return the arguments of `load`, above."""
+    name = f"_joblib_batches_{__version__.replace(chr(46), chr(95))}"
+    version = sys.version.split()[0]
+    return importlib.util.MAGIC_NUMBER, version, name, marshal.dumps(_CODE)
+
+
+class _SentModule:
+    """Is unpickled as the module that a worker has of this file."""
+
+    def __reduce__(self) -> Any:
+        names = {"source": _LOADER, "arguments": _code_to_send()}
+        return eval, ("(exec(source), load(*arguments))[1]", names)
+
+
+class _InWorker:
+    """A function of this file; is unpickled as the one that a worker has."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *arguments: Any) -> Any:
+        return globals()[self.name](*arguments)
+
+    def __reduce__(self) -> Any:
+        return getattr, (_SentModule(), self.name)
+
+
+def _run_in_thread(task_func: Any, returns_errors: bool, tasks: list[Any]) -> Any:
+    """Return the results of tasks, whether some are _Failed, and how long it took."""
+    has_failed, start = False, time.perf_counter()
+
+    def failed(error: BaseException) -> _Failed:
+        nonlocal has_failed
+        has_failed = True
+        trace = error.__traceback__
+        # Without the frame of _run_tasks, which would refer to it, too.
+        return _Failed(error.with_traceback(trace and trace.tb_next))
+
+    numbered = _numbered(tasks)
+    results, _ = _run_tasks(task_func, returns_errors, numbered, failed, [0])
+    return results, has_failed, time.perf_counter() - start
+
+
+def _run_tasks(
+    task_func: Any,
+    returns_errors: bool,
+    numbered: Iterator[tuple[int, Any]],
+    failed: Callable[[BaseException], _Failed],
+    page: Any,
+    send: Any = None,
+) -> tuple[list[Any], bool]:
+    """Return the results of tasks, and whether a failed task is the last one to be run.
+
+    The number of each task is written to the *page* before it begins. If there is
+    *send*, it is passed what has been done in the last few milliseconds, now and then;
+    that is not returned.
+    """
+    results: list[Any] = []
+    append, clock = results.append, time.monotonic
+    due = math.inf if send is None else clock() + _SEND_EVERY
+    while True:
+        try:
+            if send is None:
+                for page[_BEGUN], task in numbered:  # the target writes the number
+                    append(task_func(task))
+                return results, False
+            for page[_BEGUN], task in numbered:
+                append(task_func(task))
+                if clock() >= due:
+                    break
+            else:
+                return results, False
+        except BaseException as error:
+            append(failed(error))
+            if not returns_errors or _leaves_debugger(error):
+                return results, True
+        # Not inside `try`: what is raised here is none of a task.
+        if send is not None and clock() >= due:
+            send(results)
+            results.clear()
+            due = clock() + _SEND_EVERY
+
+
+def _numbered(tasks: list[Any], begun: int = 0) -> Iterator[tuple[int, Any]]:
+    """Return an iterator of the tasks that have not begun, and their numbers."""
+    # To make an integer takes longer than to write it to memory.
+    _NUMBERS.extend(range(len(_NUMBERS) + 1, len(tasks) + 1))
+    return zip(
+        _NUMBERS[begun:] if begun else _NUMBERS, tasks[begun:] if begun else tasks
+    )
+
+
+_NUMBERS: list[int] = []  # from 1 on
+
+
+def _leaves_debugger(error: Any) -> bool:
+    """Return whether somebody has quit pdb, which is to end the program."""
+    return isinstance(error, getattr(sys.modules.get("bdb"), "BdbQuit", ()))
+
+
+class _LoadedFunction:
+    """The function of a run, in a worker.
+
+    A worker of Dask is a process with threads. Each thread has a copy of its own, since
+    a model is not made to be shared. They go with this, when Dask releases it.
+    """
+
+    def __init__(self, payload: bytes, returns_errors: bool, config: Any) -> None:
+        self.payload = payload
+        self.returns_errors = returns_errors
+        self.config = config  # of joblib, for what tasks start by it
+        self.kept = threading.local()
+
+    def __reduce__(self) -> Any:
+        settings = self.payload, self.returns_errors, self.config
+        return _InWorker("_LoadedFunction"), settings
+
+    def load(self, dump: Any) -> bytes:
+        """Unpickle the function, if this thread has not; return the reply to that."""
+        if not hasattr(self.kept, "task_func"):
+            try:
+                with _loading():
+                    self.kept.task_func = pickle.loads(self.payload)
+            except BaseException as error:
+                what = "task_func cannot be unpickled in a worker"
+                packed = _pack_error(_unpickling_error(what, error), dump)
+                return _NO_FUNCTION + pickle.dumps(("a worker has failed", packed))
+        return _READY
+
+    def answer(
+        self,
+        messages: list[bytes],
+        pickler: _ReplyPickler,
+        scattered: Any = None,
+        send: Any = None,
+    ) -> bytes:
+        """Run the tasks of a message, which is taken off the list; return the reply.
+
+        *scattered* has tasks that were not sent, by the keys that replace them.
+        """
+
+        def failed(error: BaseException) -> _Failed:
+            return _Failed(_pack_error(error, pickler.dump))
+
+        page = pickler.page
+        message, begun = messages.pop(), page[_BEGUN]
+        is_one = message[:1] == _TASK
+        try:
+            page[_BEGUN] += is_one  # to unpickle it is part of the task
+            with _loading():
+                tasks: Any = pickle.loads(memoryview(message)[1:])
+        except BaseException as error:
+            if not is_one:
+                return _UNREADABLE
+            what = "the task cannot be unpickled in a worker"
+            lost = failed(_unpickling_error(what, error))
+            page[_ENDED] = page[_BEGUN]
+            return pickler.reply(_DONE if self.returns_errors else _STOPPED, [lost])
+        del message
+        if scattered:
+            tasks = [scattered.get(t, t) if type(t) is str else t for t in tasks]
+        numbered = _numbered(tasks, begun)
+        del tasks
+        arguments = self.kept.task_func, self.returns_errors, numbered, failed
+        results, is_stopped = _run_tasks(*arguments, page, send)
+        page[_ENDED] = page[_BEGUN]  # what follows has a time limit of its own
+        return pickler.reply(_STOPPED if is_stopped else _DONE, results)
+
+    def __call__(self, messages: list[Any], scattered: Any = None) -> list[Any]:
+        """Return the replies to messages: in workers of Dask, and of others."""
+        with joblib.parallel_config(**self.config):
+            pickler = _ReplyPickler(_array_reducers(_reduce_to_copy))
+            if (reply := self.load(pickler.dump)) != _READY:
+                return [reply]
+            replies: list[Any] = []
+            start = time.perf_counter()
+            for message in messages:  # None: it could not be pickled
+                pickler.page[_BEGUN] = 0
+                answer = message and self.answer([message], pickler, scattered)
+                replies.append(answer)
+                if not self.returns_errors and (not answer or answer[:1] != _DONE):
+                    break
+            replies.insert(0, time.perf_counter() - start)
+            return replies
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Surround what a worker does that may import modules of the program."""
+    _in_thread.is_loading = True
+    try:
+        yield
+    finally:
+        _in_thread.is_loading = False
+
+
+def _of_known_type(function: Any) -> Any:
+    """Wrap a function: Dask sends its type to the scheduler, where ours are not known."""
+    return functools.partial(function)
+
+
+_last_function: dict[str, Any] = {}  # of a worker of another backend; by its key
+
+
+def _answer_in_worker(key: str, function: Any, messages: list[Any]) -> list[Any]:
+    """Run a batch by the function of the run *key*; the worker keeps one function."""
+    if key not in _last_function:
+        if not isinstance(function, _LoadedFunction):  # a reference of Ray
+            function = importlib.import_module("ray").get(function)
+        _last_function.clear()
+        _last_function[key] = function
+    return cast("list[Any]", _last_function[key](messages))
+
+
+# --------------------------------------------------------------------------------------
+# Worker processes.
+#
+#    the consumer's thread            an attendant                     a worker process
+#                                     (a thread of the program)        _serve()
+#   +---------------------+          +---------------------+          +----------------+
+#   | pickle the tasks ---|-> jobs ->| take a job          |          |                |
+#   |                     |          | send the function,  |          | unpickle it,   |
+#   |                     |          |   if it is new -----|--------->|   keep it      |
+#   |                     |          | send the tasks -----|--------->| _run_tasks()   |
+#   | unpickle results <--|- inbox <-| receive the reply <-|----------|   and send     |
+#   +---------------------+          +---------------------+          +----------------+
+#                                         reads  ^-------- page of memory <--- writes
+#
+# A worker has one connection, which its attendant alone reads and writes here, in turn:
+# so nothing can deadlock, whatever the size of messages. Attendants move bytes. All of
+# a pool take jobs from one queue, which balances by itself, and workers go on while the
+# consumer is elsewhere.
+#
+# A worker and its attendant share a page of memory, in which the worker counts the
+# tasks of its batch. So the attendant sees a task that takes too long, and, when the
+# worker is lost, which task was running. With errors="return" it has a fresh worker go
+# on behind that one, with the same message; no task is run twice. The consumer hears of
+# the batch once it is through.
+#
+# An attendant refers to its worker and to the queue, not to the pool: a pool that
+# nobody refers to, since an interrupt came in between, is collected, and so stopped.
+
+# Seconds that a worker has for what should take a moment: to leave when it is told to.
+_PATIENCE = 3
+
+# Seconds that it has to start, or *timeout*, if that is more; for ever without it.
+_START_PATIENCE = 60
+
+# What is in the page of a worker: how many tasks of its message have begun; how many of
+# these had ended when it last began to send results. So if the first is larger, a task
+# is running; else the worker is sending. The third is raised before each result is
+# pickled; the last tells how long the message took. The attendant writes to the page
+# while the worker has no tasks: how many have begun in workers that were lost.
+_BEGUN, _ENDED, _PICKLED, _NANOSECONDS = 0, 1, 2, 3
+_PAGE_BYTES = 32
+
+# Seconds after which a worker sends the results that it has, if the run asks for that.
+_SEND_EVERY = 0.003
+
+# How often in a row, for each worker of a run, a process may be lost before it begins a
+# task.
+_MAX_FAILURES = 3
+
+
+class _Resolver(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
+    """A backend by which `joblib.Parallel` finds out what the user has configured."""
+
+    supports_retrieve_callback = True
+
+    def effective_n_jobs(self, n_jobs: int) -> int:
+        return n_jobs
+
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        self.options = options
+        return n_jobs
+
+
+class _Processes(_Engine):
+    """Gives each run worker processes of its own, as many as it asked for.
+
+    They are kept for the next run that wants the same.
+    """
+
+    limits_tasks = True
+    function: Any = None  # a _FunctionMessage
+    files: Any = None  # an _ArrayFiles
+
+    def configure(self, n_jobs: int, options: dict[str, Any]) -> Any:
+        resolver = _Resolver(nesting_level=self.backend.nesting_level)
+        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=resolver, **options)
+        with self.parallel:
+            options = {**self.backend.backend_kwargs, **resolver.options}
+        self.backend.nesting_level = resolver.nesting_level
+        self.idle_seconds = options.get("idle_worker_timeout") or 300
+        self.initializer = options.get("initializer"), options.get("initargs", ())
+        self.options = options
+        return self.parallel
+
+    def can_isolate(self) -> bool:
+        return self.effective_n_jobs(2) > 1
+
+    def start(self, run: _Run) -> None:
+        if _module_of_workers()._in_thread.is_loading:
+            raise RuntimeError(
+                f"{_importing_module()} starts worker processes while it is loaded in a "
+                "worker, which these would do in turn: guard it by `if __name__ == "
+                "'__main__':`"
+            )
+        self.max_tasks = run.max_tasks or math.inf
+        self.tasks_pickled = 0
+        self.files = _ArrayFiles(self.options)
+        _pickle_main_by_value()
+        self.dump = _make_dump({**_common_reducers(), **self.files.reducers})
+        payload = self.pickled_function(run.task_func)
+        settings = payload, run.returns_errors, self.nested()
+        watches = run.returns_errors or run.timeout is not None
+        self.function = _FunctionMessage(self.dump((settings, watches), _FUNCTION), run)
+        self.files.of_function, self.files.weight = self.files.kept, 0
+
+    def pack(self, batch: _Batch) -> None:
+        self.files.remove_dropped()
+        self.files.kept = batch.arrays
+        super().pack(batch)
+        self.tasks_pickled += len(batch.tasks)
+        self.task_weight = self.files.weight / self.tasks_pickled
+
+    def pack_apart(self, batch: _Batch) -> None:
+        self.files.kept = batch.arrays
+        super().pack_apart(batch)
+
+    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
+        if self.pool is None:
+            self.pool = self.find_pool()
+        self.pool.submit(_Job(self.function, batch, report))
+
+    def find_pool(self) -> _Pool:
+        limits = _private(self.backend, "_prepare_worker_env")(n_jobs=self.workers)
+        environment = {**os.environ, **limits}
+        environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
+        user_reducers = self.options.get("backward_reducers") or {}
+        try:
+            dump = _make_dump(_common_reducers())
+            prepared = dump((dump(self.initializer), user_reducers, self.nested()))
+        except Exception as error:
+            _raise_if_of_handler(error)
+            failure = _pickling_error(
+                "initializer and initargs cannot be pickled", error
+            )
+            failure.add_note(
+                "A multiprocessing.Manager() has locks and queues that can"
+            )
+            raise failure from error
+        recipe = _Recipe(
+            environment,
+            os.getcwd(),
+            [*sys.path],
+            prepared,
+            self.max_tasks,
+            self.workers,
+        )
+        return _take_pool(recipe) or _Pool(recipe)
+
+    def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
+        self.files.remove_dropped()
+        return super().read(batch, outcome)
+
+    def read_other(self, batch: _Batch, reply: Any) -> _Failure | None:
+        if not isinstance(reply, _LostWorker):
+            return super().read_other(batch, reply)
+        failure, begun, results = reply.failure, reply.begun, batch.results
+        if failure.ends_run:
+            return failure
+        ended = begun - reply.was_running
+        if not self.function.returns_errors:
+            failure.suspects = range(
+                ended if reply.was_running else len(results), begun
+            )
+            return failure
+        lost = begun - reply.was_running - len(results)
+        results += [_Failed(reply.unsent())] * lost
+        results += [_Failed(failure)] * reply.was_running
+        batch.has_failed = True
+        return None
+
+    def explained(self, error: Any, note: str, batch: _Batch) -> BaseException:
+        explained = super().explained(error, note, batch)
+        with contextlib.suppress(Exception):  # its own methods may fail
+            text = f"{explained} {explained.__cause__}"
+            if (batch.arrays or self.files.of_function) and re.search(
+                "(array|buffer|destination).* read-only", text
+            ):
+                explained.add_note(_READ_ONLY)
+        return explained
+
+    def end(self, *, kill: bool) -> None:
+        pool, self.pool = self.pool, None
+        if self.function is not None:
+            self.function.is_over = True
+        try:
+            if pool is not None:
+                pool.stop(kill=True) if kill else pool.keep(self.idle_seconds)
+        finally:
+            if self.files is not None:
+                self.files.close()
+
+
+def _importing_module() -> str:
+    """Return the name of the module that is being imported, or that has called this."""
+    stack = traceback.walk_stack(inspect.currentframe())
+    frames = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    modules = [frame for frame in frames if frame.f_code.co_name == "<module>"]
+    names = [frame.f_globals.get("__name__") for frame in [*modules, *frames]]
+    others = (name for name in names if name not in (None, "__main__"))
+    return str(next(others, "a module"))
+
+
 @functools.cache
 def _pickle_main_by_value() -> None:
-    """Let functions of the program travel from a process that was spawned, too.
+    """Let functions of the program be sent by a process that was spawned, too.
 
     The program is called __mp_main__ there, which no worker can import.
     """
@@ -2221,611 +2811,394 @@ def _pickle_main_by_value() -> None:
         cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
 
 
-class _Files:
-    """The large arrays of a run, each in a file that goes with it.
-
-    joblib would keep the file until the run ends. They lie in a folder of the run, the
-    user's alone, which is made when it is first needed. The instance is the reducer of
-    arrays: it is called for each that is pickled, in the consumer's thread.
-    """
-
-    def __init__(self, root: Any, options: dict[str, Any]) -> None:
-        self.root = root
-        self.pid = os.getpid()
-        self.folder: Any = None
-        self.files: dict[int, tuple[Any, str]] = {}  # by the ids of their arrays
-        self.kept: list[Any] = []  # keeps the arrays that what is pickled has in files
-        self.of_function: list[Any] = []
-        self.weight = 0  # bytes of all arrays
-        limit = options.pop("max_nbytes")
-        self.max_nbytes = math.inf if limit is None else limit
-        self.mode = options.pop("mmap_mode")
-        self.prewarm = options.pop("prewarm", False)
-        module = importlib.import_module("joblib._memmapping_reducer")
-        self.place = _private(module, "_get_temp_dir")
-        # Copied, since whoever has passed reducers does not want them changed.
-        self.result_reducers = dict(options.get("backward_reducers") or {})
-        self.reducers = {
-            **(options.get("forward_reducers") or {}),
-            **_WORKER.array_reducers(self),
-        }
-
-    def __call__(self, array: Any) -> Any:
-        self.weight += array.nbytes
-        mapping = _WORKER.mapping_of(array)
-        if mapping is not None:
-            return mapping
-        if array.nbytes <= self.max_nbytes or array.dtype.hasobject:
-            return _WORKER.copy_of(array)
-        self.kept.append(array)
-        drop, file = self.files.get(id(array), (None, ""))
-        if drop is None or not drop.alive:
-            file = self.written(array)
-        return joblib.load, (file, self.mode, False)  # in its own byte order
-
-    def written(self, array: Any) -> str:
-        """Put an array into a file, which goes with it."""
-        file = ""
-        try:
-            self.folder = self.folder or self.made_folder()
-            file = os.path.join(self.folder, f"{uuid.uuid4().hex}.pkl")
-            joblib.dump(array, file)
-            os.chmod(file, 0o600)
-        except OSError as error:
-            if file:
-                self.drop(0, file)
-            folder = self.folder or self.root or "the folder for temporary files"
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: large arrays cannot be put into files there; the "
-                "option temp_folder says where, max_nbytes=None sends copies instead",
-                os.fspath(folder),
-            ) from error
-        if self.prewarm:
-            joblib.load(file, mmap_mode=self.mode).max()
-        drop = weakref.finalize(array, self.drop, id(array), file)
-        drop.atexit = False
-        self.files[id(array)] = drop, file
-        return file
-
-    def made_folder(self) -> str:
-        # joblib's own name, by which those who look for such folders find them.
-        name = f"joblib_memmapping_folder_{self.pid}_{uuid.uuid4().hex}"
-        folder, _ = self.place(name, self.root)
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)  # which that has made, for everybody
-        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
-        os.mkdir(folder, mode=0o700)
-        if not _is_frozen():  # where it would start the program anew
-            tracker = _loky("backend.resource_tracker")
-            tracker.register(folder, "folder")  # removes it if we cannot
-        return str(folder)
-
-    def drop(self, key: int, file: str) -> None:
-        """Remove the file of an array that is no more."""
-        self.files.pop(key, None)
-        if self.pid == os.getpid():
-            with contextlib.suppress(OSError):  # Windows, where a worker maps it
-                os.unlink(file)
-
-    def close(self) -> None:
-        """Remove all files."""
-        self.reducers.clear()  # which refers to this
-        while self.files:
-            self.files.popitem()[1][0].detach()
-        folder, self.folder = self.folder, None
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not _is_frozen():
-                _loky("backend.resource_tracker").unregister(folder, "folder")
-
-
-def _is_frozen() -> bool:
-    """Tell whether this is an executable made by PyInstaller, or the like."""
-    return bool(getattr(sys, "frozen", False))
-
-
-class _Processes(_Remote):
-    """Gives each run worker processes of its own, as many as it asked for."""
-
-    more_options = frozenset(
-        (
-            "initializer",
-            "initargs",
-            "forward_reducers",
-            "backward_reducers",
-            "maxtasksperchild",
-            "prewarm",
-        )
-    )
-    limits_tasks = True
-    function: Any = None  # a _Function
-
-    def can_isolate(self) -> bool:
-        return bool(self.effective_n_jobs(2) > 1)
-
-    def configure(
-        self,
-        n_jobs: int = 1,
-        parallel: Any = None,
-        prefer: Any = None,
-        require: Any = None,
-        idle_worker_timeout: float | None = None,
-        **options: Any,
-    ) -> int:
-        self.parallel = parallel
-        options = {**self.backend_kwargs, **options}
-        idle = options.pop("idle_worker_timeout", None)
-        self.idle_seconds = idle_worker_timeout or idle or 300
-        self.context = options.pop("context", None) or multiprocessing.get_context()
-        self.prepared: Any = (
-            options.pop("initializer", None),
-            options.pop("initargs", ()),
-        )
-        self.files = _Files(options.pop("temp_folder", None), options)
-        _pickle_main_by_value()
-        return int(self.effective_n_jobs(n_jobs))
-
-    def prepare(self, run: _Run) -> None:
-        if _is_loading():
-            raise RuntimeError(
-                f"{_importing_module()} starts worker processes while it is loaded in a "
-                "worker process, which these would do in turn: guard it by `if __name__ "
-                "== '__main__':`"
-            )
-        self.most_tasks = run.most_tasks or math.inf
-        super().prepare(run)
-
-    def pickler(self) -> Any:
-        reducers = {types.CodeType: _code_with_its_file, **self.files.reducers}
-        return _WORKER.make_dump(reducers, self.forks())
-
-    def forks(self) -> bool:
-        """Tell whether workers have all modules and functions of the program."""
-        return False
-
-    def take_function(self, payload: bytes) -> None:
-        self.function = _Function(self, payload)
-
-    def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
-        job = _Job(self.function, batch.data, len(batch.tasks), batch.number)
-        self.submit(job, callback=report)
-
-    def submit(self, func: Any, callback: Any = None) -> Any:
-        if not isinstance(func, _Job):  # somebody has wrapped it
-            func = _Job(self.function, self.dump(func, _CALL), 1)
-        func.report = callback
-        if self.pool is None:
-            self.pool = self.find_pool()
-        self.pool.submit(func)
-        return func
-
-    def find_pool(self) -> _Pool:
-        raise NotImplementedError
-
-    def explained(self, failure: _Failure, rest: str) -> Any:
-        error = failure.error
-        if failure.ends_run:  # no worker could be started, whatever the task
-            return error
-        if type(error) not in (BrokenProcessPool, _TaskTimeoutError):
-            return super().explained(failure, rest)
-        return _told_more(error, f". {rest}")
-
-    def abort_everything(self, ensure_ready: bool = True) -> None:
-        pool, self.pool = self.pool, None
-        if pool is not None:
-            pool.stop(kill=True)
-
-    def terminate(self) -> None:
-        if self.function is not None:
-            self.function.is_over = True
-        pool, self.pool = self.pool, None
-        try:
-            if pool is not None:
-                pool.keep(self.idle_seconds)
-        finally:
-            if self.files is not None:
-                self.files.close()
-
-
-class _Loky(_Processes, joblib.parallel.LokyBackend):  # type: ignore[misc]
-    """Keeps the workers of a run that ended well for the next that wants the same."""
-
-    def find_pool(self) -> _Pool:
-        env = _private(self, "_prepare_worker_env")(n_jobs=self.workers)
-        prepared, key = self.prepared, cast(Any, None)
-        # What can be pickled only while a process is started, such as a lock, is not
-        # compared: those workers serve one run.
-        with contextlib.suppress(Exception):
-            prepared = super(_Processes, self).pickler()(prepared)  # arrays, too
-            reducers = self.files.result_reducers
-            options = self.workers, self.most_tasks, env, reducers
-            key = _surroundings(), prepared, options
-        # Loky starts an executable as if it were Python, which begins the program anew.
-        context = (
-            multiprocessing.get_context("spawn")
-            if _is_frozen()
-            else _loky("backend").get_context("loky")
-        )
-        recipe = _Recipe(
-            context, prepared, self.files.result_reducers, env, self.most_tasks
-        )
-        return _take_pool(key) or _Pool(key, self.workers, recipe)
-
-
-def _is_loading() -> bool:
-    """Tell whether this is a worker process that is loading what a run needs."""
-    return bool(getattr(sys.modules.get(_WORKER_MODULE), "is_loading", False))
-
-
-def _importing_module() -> str:
-    """Return the name of the module that is being imported, or that has called this."""
-    stack = traceback.walk_stack(inspect.currentframe())
-    frames = [frame for frame, _ in stack if frame.f_globals is not globals()]
-    modules = [frame for frame in frames if frame.f_code.co_name == "<module>"]
-    names = [str(frame.f_globals["__name__"]) for frame in [*modules, *frames]]
-    return next(name for name in names if name != "__main__")  # that of the worker
-
-
-def _surroundings() -> Any:
-    """Return what a worker that is started now finds, and another run may not want."""
-    environment = dict(os.environ)
-    environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
-    return environment, os.getcwd(), list(sys.path)
-
-
-class _Multiprocessing(_Processes, joblib.parallel.MultiprocessingBackend):  # type: ignore[misc]
-    """Starts workers as multiprocessing does, anew for each run.
-
-    A fork is a picture of the program as it is when the run starts.
-    """
-
-    def forks(self) -> bool:
-        return bool(self.context.get_start_method() == "fork")
-
-    def find_pool(self) -> _Pool:
-        if _inherited and self.context.get_start_method() == "forkserver":
-            # The server is a child of the parent, and no use to a fork.
-            self.context = multiprocessing.get_context("spawn")
-        reducers, prepared = self.files.result_reducers, self.prepared
-        if not self.forks():
-            # Not in an attendant, where pickle waits for imports that are going on
-            # here. What can be pickled only while a process is started is left.
-            with contextlib.suppress(Exception):
-                prepared = super(_Processes, self).pickler()(prepared)
-        recipe = _Recipe(self.context, prepared, reducers, {}, self.most_tasks)
-        return _Pool(None, self.workers, recipe)
-
-
-def _code_with_its_file(code: types.CodeType) -> Any:
-    """Pickle code as cloudpickle does, but for the file that tracebacks show."""
-    table = _loky("backend.reduction").get_loky_pickler().dispatch_table
-    function, arguments, *_ = table[types.CodeType](code)
-    name = "<dynamic-code>"
-    return function, tuple(
-        code.co_filename if type(a) is str and a == name else a for a in arguments
-    )
-
-
-# --------------------------------------------------------------------------------------
-# Worker processes, as the program sees them.
-#
-#    the consumer's thread            an attendant                     a worker process
-#                                     (a thread of the program)        serve()
-#   +---------------------+          +---------------------+          +----------------+
-#   | pickle the tasks ---|-> jobs ->| take a job          |          |                |
-#   |                     |          | send the function,  |          | unpickle it,   |
-#   |                     |          |   if it is new -----|--------->|   keep it      |
-#   |                     |          | send the tasks -----|--------->| run_tasks()    |
-#   | unpickle results <--|- inbox <-| receive replies <---|----------|   and send     |
-#   +---------------------+          +---------------------+          +----------------+
-#
-# A worker has one connection, which its attendant alone reads and writes here, in turn:
-# so nothing can deadlock, whatever the size of messages. There, if there is a limit of
-# time, a thread tells now and then of what is done of a batch, and that a task is over
-# its limit (see Signs). Attendants move bytes. All of a pool take jobs from one queue,
-# which balances by itself, and workers go on while the consumer is elsewhere. It is
-# known which worker has which batch: its death is the failure of that batch alone, and
-# so is a task that takes too long; the attendant starts another worker for the next
-# job.
-#
-# An attendant refers to its worker and to the queue, not to the pool: one that nobody
-# has any more, since an interrupt came in between, is collected, and so stopped.
-
-# Seconds that a worker has for what should take a moment: to leave when it is told to.
-_PATIENCE = 3
-
-# Seconds that it has to start, or *timeout*, if that is more; for ever without it.
-_START_PATIENCE = 60
-
-# Starts that may fail in a row, at each of its places, before it is left empty.
-_MOST_FAILED_STARTS = 3
-
-
-class _Recipe(NamedTuple):
-    """How to start the workers of a pool."""
-
-    context: Any  # of multiprocessing or loky
-    prepared: Any  # an initializer and its arguments, maybe pickled
-    reducers: Any  # of results
-    env: dict[str, str]
-    most_tasks: float  # of one worker
-
-    def forks(self) -> bool:
-        return bool(self.context.get_start_method() == "fork")
-
-    def process(self, connection: Any) -> Any:
-        """Return a process that is to serve at the other end of a connection."""
-        forks, env, options = self.forks(), self.env, {}
-        if self.context.get_start_method() == "loky":
-            options, env = {"env": env}, {}  # from its start on
-        serve: Any = _WORKER.serve if forks else _by_value("serve")
-        line, prepared = _life_line_of_program(), self.prepared
-        if not (forks or isinstance(prepared, bytes)):
-            prepared = _PickledApart(prepared, self.context)
-        arguments = connection, line, prepared, self.reducers, forks, env
-        return self.context.Process(target=serve, args=arguments, **options)
-
-
-class _PickledApart:
-    """An argument of a process that arrives pickled, and is pickled as it starts.
-
-    A worker can report what it meets when it unpickles that itself.
-    """
-
-    def __init__(self, value: Any, context: Any) -> None:
-        is_loky = context.get_start_method() == "loky"
-        pickling = multiprocessing.reduction.ForkingPickler
-        self.dumps = _loky("backend.reduction").dumps if is_loky else pickling.dumps
-        self.value = value
-
-    def __reduce__(self) -> Any:
-        return bytes, (bytes(self.dumps(self.value)),)
-
-
-class _Function:
+class _FunctionMessage:
     """The function of a run, as it is sent to each of its workers."""
 
-    def __init__(self, engine: Any, payload: bytes) -> None:
-        nested = engine.get_nested_backend()
-        nested = nested if isinstance(nested, tuple) else (nested, None)
-        limit, self.slack, watch = engine.limit, 0.0, None
-        if limit is not None:
-            self.slack = max(limit / 10, 0.05)  # seconds between two signs of life
-            watch = self.slack, limit
-        head = engine.dump((*nested, engine.returns_errors, watch))
-        size = len(head).to_bytes(8, "big")
-        self.message = b"".join((_FUNCTION, size, head, payload))
-        self.limit = math.inf if limit is None else limit
-        self.patience = max(self.limit, _START_PATIENCE)  # for a worker to start
-        self.returns_errors = engine.returns_errors
-        self.was_loaded = False  # by any worker
-        self.dispensable = [None] * (engine.workers - 1)  # one for each attendant
-        self.last_number = math.inf  # of a batch: its failure ends the run
+    def __init__(self, message: bytes, run: _Run) -> None:
+        self.message = message
+        self.limit = math.inf if run.timeout is None else run.timeout
+        # Seconds for a worker to start, and for what stalls.
+        self.patience = max(self.limit, _START_PATIENCE)
+        self.returns_errors = run.returns_errors
+        self.was_loaded = False  # by a worker
+        self.failures = 0  # to begin a task, in a row, of all workers
+        self.max_failures = _MAX_FAILURES * run.engine.workers
+        self.at_work: set[_Worker] = set()
+        self.skip_after = math.inf  # the number of a batch whose failure ends the run
         self.is_over = False  # its run has ended: idle workers are to forget it
 
 
 class _Job:
-    """A batch for an attendant; to joblib, a call."""
-
-    report: Any = None
+    """A batch for an attendant, and for another one if that fails to begin a task."""
 
     def __init__(
-        self, function: Any, message: bytes, size: int, number: int = 0
+        self, function: _FunctionMessage, batch: _Batch, report: _ReportFunction
     ) -> None:
         self.function = function
-        self.message = message
-        self.size = size
-        self.number = number  # of the batch
+        self.number = batch.number
+        self.report = report
+        self.messages = deque(batch.messages)  # that are not done
+        self.first = len(batch.results)  # tasks of the batch before these
+        count = len(batch.tasks) - self.first
+        self.size = count if len(self.messages) == 1 else 1  # tasks of a message
+        self.begun = 0  # tasks of the first message, in workers that were lost
+        # Replies; and in the places of others, None (the task was not sent), or a
+        # _LostWorker.
+        self.outcome: list[Any] = []
 
-    def __len__(self) -> int:
-        return self.size
+    def done_with_message(self) -> None:
+        self.messages.popleft()
+        self.first += self.size
+        self.begun = 0
 
-    def __reduce__(self) -> Any:  # for backends of others, which may wrap it
-        state = _PicklesAs(importlib.import_module, _WORKER_MODULE)
-        return functools.partial, (_PicklesAs(getattr, state, "answer"), [self.message])
+
+class _LostWorker(NamedTuple):
+    """In place of a reply: a worker was lost that had begun tasks of a batch."""
+
+    failure: _Failure
+    begun: int  # tasks of the batch, by this worker and those before it
+    was_running: bool  # the last of these; else the worker was sending results
+
+    def unsent(self) -> _Failure:
+        """Return what has become of a task that was done."""
+        error: Any = self.failure.error
+        kind = BrokenProcessPool if self.was_running else type(error)
+        text = "the task was done, but its result was lost with its worker"
+        unsent = _Failure(kind(f"{text}: {error}"))
+        unsent.error.__cause__ = error.__cause__
+        return unsent
+
+
+class _Recipe(NamedTuple):
+    """How to start the workers of a pool; two that are equal make no difference."""
+
+    environment: dict[str, str]
+    folder: str
+    path: list[str]
+    prepared: bytes  # an initializer with its arguments, reducers of results, nesting
+    max_tasks: float  # of one worker
+    size: int  # of the pool
+
+
+# What a worker executes first. `_bootstrap` is what `spawn_main` of multiprocessing
+# calls; *sentinel* is open for as long as the program runs.
+_STARTER = """
+def begin(sentinel):
+    import multiprocessing.connection, pickle, traceback
+    connection = getattr(multiprocessing.connection, kind)(end)
+    try:
+        module = load(*pickle.loads(connection.recv_bytes()))
+    except Exception as error:
+        packed = None, None, repr(error), traceback.format_exc()
+        connection.send_bytes(broken + pickle.dumps(("a worker cannot start", packed)))
+    else:
+        module._serve(connection, page, sentinel)
+class Started:
+    _bootstrap = staticmethod(begin)
+"""
+
+
+class _Started:
+    """Is unpickled as something that serves as a worker."""
+
+    def __init__(self, connection: Any, page: Any) -> None:
+        kind = type(connection).__name__
+        self.names = {"kind": kind, "end": connection.fileno(), "page": page}
+
+    def __reduce__(self) -> Any:
+        source = _LOADER + _STARTER
+        names = {"source": source, "broken": _BROKEN, **self.names}
+        return eval, ("(exec(source), Started)[1]", names)
+
+
+class _Page:
+    """Memory that a worker and its attendant share."""
+
+    def __init__(self) -> None:
+        """Make it: in a file without a name; on Windows there is a name, and no file."""
+        self.file: Any = None
+        self.name: Any = f"page of {os.getpid()} {uuid.uuid4().hex}"
+        if os.name == "posix":
+            try:
+                number = os.memfd_create("tasks begun")
+            except (AttributeError, OSError):  # macOS, or it is not permitted
+                number, name = tempfile.mkstemp()
+                os.unlink(name)
+            self.file = os.fdopen(number, "r+b", buffering=0)
+            # If this were a hole, a full disk would be a SIGBUS.
+            self.file.write(bytes(_PAGE_BYTES))
+            self.name = self.file.fileno()
+        self.numbers = _mapped_page(self.name)
+
+
+def _mapped_page(name: Any) -> Any:
+    if sys.platform == "win32":
+        mapped = mmap.mmap(-1, _PAGE_BYTES, tagname=name)
+    else:
+        mapped = mmap.mmap(name, _PAGE_BYTES)
+    return memoryview(mapped).cast("Q")
 
 
 class _Worker:
     """A worker process, and one after another in its place; for its attendant.
 
-    Other threads only look at `process`, `is_ready` and `failure`, and set
-    `is_stopped`; the consumer's launches what is started before there are attendants.
+    Other threads only look at `process`, `is_ready` and `start_error`.
     """
 
-    def __init__(self, recipe: _Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, pool: _Pool) -> None:
+        self.recipe = pool.recipe
+        self.pool = weakref.ref(pool)
+        self.stopping = pool.stopping
+        self.idle_until = math.inf
         self.thread: Any = None  # the attendant
         self.process: Any = None
         self.connection: Any = None
-        self.poller: Any = None
-        self.has_begun = threading.Event()  # a process: it is in the right directory
-        self.surroundings: Any = None  # that the process was started in
+        self.poller: Any = None  # of the connection
+        self.pipe: list[Any] = []  # both ends; the process dies with the writing one
+        self.page: Any = None  # the numbers of a _Page
+        self.patience = -1.0  # seconds for which a message may stall
         self.is_ready = False
-        self.is_stopped = False
         self.function: Any = None  # that the process has
         self.done = 0  # tasks
-        self.failure: _Failure | None = None  # the process could not be started
-        self.failed_starts = 0  # in a row
-        self.has_given_up = False
+        self.start_error: Any = None  # of the process that was started first
 
-    def launch(self) -> None:
+    def launch(self, patience: float) -> None:
         """Start a process."""
-        with _starting, _standard_streams():
-            if self.is_stopped:
+        with _state.starting:
+            if self.stopping.is_set():
                 raise EOFError("the pool has been stopped")
             _occupy_standard_streams()
-            _start_helpers(self.recipe.context.get_start_method())
             self.connection, theirs = multiprocessing.Pipe()
-            _our_ends.add(self.connection)
-            try:
-                self.process = self.recipe.process(theirs)
-                with _signals_blocked():
-                    self.process.start()
-            finally:
-                theirs.close()
-            self.surroundings = None
-            with contextlib.suppress(Exception):  # the directory is gone, say
-                self.surroundings = _surroundings()
-            if hasattr(select, "poll"):
-                self.poller = select.poll()
-                self.poller.register(self.connection, select.POLLIN)
+            reader, writer = os.pipe()
+            self.pipe = [os.fdopen(reader, "rb", 0), os.fdopen(writer, "wb", 0)]
+            _state.ends.update((self.connection, self.pipe[1]))
+            page = _Page()
+            self.page = page.numbers
+            with theirs, page.file or contextlib.nullcontext():
+                first = pickle.dumps({}) + pickle.dumps(_Started(theirs, page.name))
+                self.pipe[1].write(first)  # much less than a pipe holds
+                self.process = self.popen(theirs, page)
+            if os.name == "posix":
+                self.pipe.pop(0).close()  # Windows reads from it by another handle
+        if hasattr(select, "poll"):  # Connection.poll() makes a selector each time
+            self.poller = select.poll()
+            self.poller.register(self.connection, select.POLLIN)
+        self.patience = -1.0
+        self.limit_stalls(patience)
+        key = bytes(multiprocessing.current_process().authkey)  # of managers
+        settings = pickle.dumps((self.recipe.path, sys.argv, key))
+        for message in pickle.dumps(_code_to_send()), settings, self.recipe.prepared:
+            self.send(message)
+
+    def popen(self, theirs: Any, page: _Page) -> Any:
+        """Start a Python that reads from the pipe what to do."""
+        _private(multiprocessing.process.BaseProcess, "_bootstrap")
+        reader = self.pipe[0].fileno()
+        options: dict[str, Any] = {}
+        if sys.platform == "win32":
+            reader = importlib.import_module("msvcrt").get_osfhandle(reader)
+            os.set_handle_inheritable(theirs.fileno(), True)
+            handles = {"handle_list": [theirs.fileno()]}
+            options["startupinfo"] = subprocess.STARTUPINFO(lpAttributeList=handles)
+            # A process group of its own gets no Ctrl-C.
+            options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+        else:
+            options["pass_fds"] = theirs.fileno(), reader, page.name
+            options["start_new_session"] = True
+        command = multiprocessing.spawn.get_command_line(
+            pipe_handle=reader, parent_pid=os.getpid()
+        )
+        if not command[0]:
+            raise RuntimeError(
+                "sys.executable is empty: multiprocessing.set_executable() says which "
+                "Python workers are to run"
+            )
+        if not getattr(sys, "frozen", False):
+            command.insert(1, "-P")  # no file of the directory hides a module of Python
+        options["env"], options["cwd"] = self.recipe.environment, self.recipe.folder
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 
     def start(self, patience: float) -> None:
-        """Start a process if there is none, and wait until it is ready."""
-        try:
-            if self.process is None:
-                self.launch()
-            while (reply := self.receive(patience)) == _MORE:
-                self.has_begun.set()
-            if reply != _DONE:
-                raise _StartError(reply)
-            self.is_ready = True
-        except Exception as error:
-            self.failure = self.bury_and_explain(error, patience)
-        self.has_begun.set()
+        """Start a process, and wait until it is ready."""
+        self.launch(patience)
+        reply = self.receive(patience)
+        if reply != _READY:
+            raise _BrokenWorkerError(reply)
+        self.is_ready = True
 
-    def outcome_of(self, job: _Job) -> Any:
-        """Have a job done, by a fresh process if need be."""
-        replies: list[bytes] = []
-        function = job.function
-        try:
-            if self.process is not None and self.process.exitcode is not None:
-                self.bury()  # it was idle
-            if self.done and self.done + job.size > self.recipe.most_tasks:
-                self.retire()
-            if self.process is None and self.failure is None:
-                self.start(function.patience)
-            if self.failure is not None:
-                failure, self.failure = self.failure, None
-                return self.failed(job, replies, failure, is_start=True)
-            if self.function is not function:
-                self.function, self.is_ready = None, False
-                self.limit_stalls(function)
-                self.send(function.message)
-                reply = self.receive(function.patience)
-                self.is_ready = True
-                if reply != _DONE:
-                    return _Outcome([reply], ends_run=self.start_ends_run(function))
-                self.function = function
-                function.was_loaded, self.failed_starts = True, 0
-            self.send(job.message)
-            self.done += job.size
-            limit = function.limit
-            if job.size > 1:
-                # The worker itself sees to it, unless a task holds the interpreter's
-                # lock: then it tells that it lives after every other task.
-                limit = 2 * limit + function.slack
-            reply = _MORE
-            while reply[:1] == _MORE:
-                reply = self.receive(limit)
-                if reply != _MORE:
-                    replies.append(reply)
-        except Exception as error:
-            is_start = not self.is_ready
-            failure = self.bury_and_explain(error, function.patience, function.limit)
-            return self.failed(job, replies, failure, is_start=is_start)
-        return _Outcome(replies)
+    def do(self, job: _Job) -> bool:
+        """Have a job done, by one process after another if need be.
 
-    def failed(
-        self, job: _Job, replies: list[bytes], failure: _Failure, *, is_start: bool
-    ) -> _Outcome:
-        """Return the outcome of a batch whose worker has failed."""
-        function = job.function
-        if is_start and not failure.ends_run and self.start_ends_run(function):
-            failure.ends_run = True
-            if self.failed_starts >= _MOST_FAILED_STARTS:
-                text = f"{self.failed_starts} workers in a row have failed to start"
-                failure.error = _told_more(failure.error, f"; {text}")
-        if failure.ends_run or not function.returns_errors:
-            function.last_number = min(function.last_number, job.number)
-        return _Outcome(replies, failure)
-
-    def start_ends_run(self, function: Any) -> bool:
-        """Tell whether a start that has failed ends the run, or costs its batch only.
-
-        If no worker has loaded the function yet, others would fail as well. Afterwards,
-        starts go on, until several have failed in a row; then the other attendants go
-        on, unless this is the last.
+        Return False if a process was lost that had begun none of its tasks: then this
+        can be called again, also by another attendant.
         """
-        self.failed_starts += 1
-        if not function.was_loaded:
-            return True
-        if self.failed_starts >= _MOST_FAILED_STARTS:
+        function, goes_on = job.function, True
+        while job.messages and goes_on:
+            if job.messages[0] is None:
+                job.outcome.append(None)
+                job.done_with_message()
+                goes_on = function.returns_errors
+                continue
+            page: Any = None
             try:
-                function.dispensable.pop()  # atomic, as attendants are threads
-            except IndexError:
+                count = job.size - job.begun
+                reply = self.load(function, count)
+                if reply != _READY:
+                    job.outcome.append(_NO_FUNCTION + reply[1:])
+                    return True
+                function.at_work.add(self)
+                page = self.page
+                page[_BEGUN] = page[_ENDED] = job.begun
+                self.send(job.messages[0])
+                self.done += count
+                while (reply := self.receive(function.limit, page))[:1] == _MORE:
+                    job.outcome.append(reply)
+                if reply[:1] == _BROKEN:
+                    self.kill_and_reap()
+                    if count > 1:
+                        raise _BrokenWorkerError(reply)
+                job.outcome.append(page[_NANOSECONDS] * 1e-9)
+                job.outcome.append(reply)
+                function.failures = 0
+                job.done_with_message()
+                goes_on = reply[:1] == _DONE or (
+                    reply[:1] == _BROKEN and function.returns_errors
+                )
+                continue
+            except Exception as error:
+                failure = self.kill_and_explain(error, function, page)
+            finally:
+                function.at_work.discard(self)
+            # The process has ended, so that the numbers are its last.
+            begun, ended, *_ = page or (job.begun, job.begun)
+            if begun > job.begun:
+                job.begun, function.failures = begun, 0
+                lost = _LostWorker(failure, job.first + begun, begun > ended)
+                job.outcome.append(lost)
+                if begun == job.size:
+                    job.done_with_message()
+                goes_on = function.returns_errors and not self.stopping.is_set()
+            elif page is not None and job.size - begun > 1:
+                job.outcome.append(_UNREADABLE)  # lost as it unpickled them all
                 return True
-            self.has_given_up = True
-        return False
+            elif failure.ends_run or self.gives_up(function):
+                if function.failures > 1:
+                    text = f"; {function.failures} workers in a row were lost like this"
+                    failure.error = failure.with_text(text)
+                failure.ends_run, goes_on = True, False
+                job.outcome.append(_LostWorker(failure, job.first + begun, False))
+            else:
+                return False
+            if not goes_on:
+                # No batch behind this one is to begin, since the run ends here.
+                function.skip_after = min(function.skip_after, job.number)
+        return True
 
-    def limit_stalls(self, function: Any) -> None:
-        """Let no message wait for ever for a worker in its midst, if there is a limit."""
-        if os.name == "posix":
-            seconds = 0 if function.limit == math.inf else math.ceil(function.patience)
-            with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
-                end.settimeout(None)  # as the connection is, whatever the default is
-                value = struct.pack("ll", min(seconds, 10**9), 0)
-                for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-                    end.setsockopt(socket.SOL_SOCKET, option, value)
+    def gives_up(self, function: _FunctionMessage) -> bool:
+        """Return whether the run ends, since processes are lost before they begin."""
+        function.failures += 1
+        has_enough = function.failures >= function.max_failures
+        return not function.was_loaded or (has_enough and not function.at_work)
+
+    def load(self, function: _FunctionMessage, count: int) -> bytes:
+        """Have a process that has the function, and may do so many tasks.
+
+        Return its reply to the function.
+        """
+        error, self.start_error = self.start_error, None
+        if error is not None:
+            raise error
+        if self.process is not None and self.process.poll() is not None:
+            self.kill_and_reap()  # it died while it was idle
+        if self.done and self.done + count > self.recipe.max_tasks:
+            self.retire()
+        if self.process is None:
+            self.start(function.patience)
+        if self.function is function:
+            return _READY
+        self.function, self.is_ready = None, False
+        self.limit_stalls(function.patience)
+        self.send(function.message)
+        reply = self.receive(function.patience)
+        self.is_ready = True
+        if reply == _READY:
+            self.function, function.was_loaded = function, True
+        elif function.was_loaded:
+            raise _BrokenWorkerError(reply)
+        return reply
 
     def send(self, message: bytes) -> None:
-        """Send a message; a large one in parts: see `Server.received`."""
-        size = len(message)
-        if size < _LEAST_LARGE:
+        try:
             self.connection.send_bytes(message)
-            return
-        self.connection.send_bytes(_LARGE + message[:1] + size.to_bytes(8, "big"))
-        for start in range(0, size, _PART):
-            self.connection.send_bytes(message, start, min(_PART, size - start))
+        except OSError:
+            if not self.has_message(0):  # which says why it did not read this one
+                raise
 
-    def receive(self, limit: float) -> bytes:
-        """Return the next message, for which the worker has *limit* seconds."""
-        deadline = time.monotonic() + limit
-        while True:
-            left = deadline - time.monotonic()
-            if self.has_message(max(0, min(left, _WAIT_SLICE))):
-                message = bytes(self.connection.recv_bytes())
-                if message == _OVERDUE:
-                    raise TimeoutError
-                return message
+    def receive(self, limit: float, page: Any = None) -> bytes:
+        """Return the next message, for which the worker has *limit* seconds.
+
+        With a *page*, the time starts anew whenever a number in it has changed. It is
+        counted in slices, not by a clock, since this process may stand still together
+        with the worker: while a computer sleeps, say.
+        """
+        left, seen = limit, page and page.tobytes()
+        seconds = min(max(limit / 10, 0.001), _WAIT_SLICE)  # poll() rounds up to 1 ms
+        while not self.has_message(seconds):
             # A program that the worker has forked may hold the connection open.
-            if self.process.exitcode is not None and not self.has_message(0):
+            if self.process.poll() is not None and not self.has_message(0):
                 raise EOFError
+            left -= seconds
+            if page and page.tobytes() != seen:
+                left, seen = limit, page.tobytes()
             if left <= 0:
                 raise TimeoutError
+        return bytes(self.connection.recv_bytes())
 
     def has_message(self, seconds: float) -> bool:
         if self.poller is None:
             return bool(self.connection.poll(seconds))
         return bool(self.poller.poll(seconds * 1000))
 
-    def bury_and_explain(
-        self, error: Exception, patience: float, limit: float = math.inf
+    def limit_stalls(self, patience: float) -> None:
+        """Let no send or receive wait for ever for a worker that has stalled in it."""
+        if os.name == "posix" and patience != self.patience:
+            self.patience = patience
+            value = struct.pack("ll", min(math.ceil(min(patience, 1e9)), 10**9), 0)
+            with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+                end.settimeout(None)  # as the connection is, whatever the default is
+                for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                    end.setsockopt(socket.SOL_SOCKET, option, value)
+
+    def kill_and_explain(
+        self, error: Exception, function: _FunctionMessage, page: Any
     ) -> _Failure:
-        """Kill the process, and say what has become of it."""
+        """Kill the process; return what has become of it."""
         is_ready, was_started = self.is_ready, self.process is not None
-        code = self.bury()
-        if isinstance(error, _StartError):
-            broken, ends_run = BrokenProcessPool(str(error)), error.is_of_initializer
-            _set_cause(broken, error.text)
-            return _Failure(broken, ends_run=ends_run)
+        code = self.kill_and_reap()
+        if isinstance(error, _BrokenWorkerError):
+            failure = _Failure(BrokenProcessPool(str(error)))
+            failure.ends_run = error.what == _INITIALIZER_HAS_FAILED
+            _set_cause(failure.error, error.text)
+            return failure
         if isinstance(error, (TimeoutError, BlockingIOError)):
-            text, seconds = "a worker was not ready after", patience
+            text, seconds = "a worker was not ready after", function.patience
             if is_ready and isinstance(error, BlockingIOError):
                 text = "a worker has stalled in the midst of a message for"
-            elif is_ready:
-                text, seconds = "a task has taken longer than the timeout of", limit
+            elif page:
+                text, seconds = (
+                    "a task has taken longer than the timeout of",
+                    function.limit,
+                )
+                if page[_BEGUN] == page[_ENDED]:
+                    text = "to send results has taken longer than the timeout of"
             error = _TaskTimeoutError(f"{text} {seconds!r} seconds")
-        elif isinstance(error, (EOFError, OSError)) and was_started:
+        elif was_started and (
+            isinstance(error, (EOFError, ConnectionError))
+            or (isinstance(error, OSError) and error.errno is None)
+        ):
             text = f"a worker process has died{'' if is_ready else ' as it started'}"
             hint = " (SIGKILL, as when memory runs out)" if code == -9 else ""
             error = BrokenProcessPool(f"{text}: exit code {code}{hint}")
-            if not is_ready:
-                names = (f"{name}.py" for name in sorted(sys.stdlib_module_names))
-                hidden = ", ".join(filter(os.path.exists, names)) or "none"
-                what = "Files of the current directory that hide modules of Python"
-                _set_cause(error, f"{what}, which it may need: {hidden}")
         return _Failure(error)
 
     def forget(self) -> None:
@@ -2836,87 +3209,213 @@ class _Worker:
                 self.connection.send_bytes(_FORGET)
 
     def leave(self) -> None:
-        """Close the connection, at which the process leaves, too."""
-        self.function = self.poller = None
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            with _starting:  # no fork comes in between
-                _our_ends.discard(connection)
-                connection.close()
+        """Close the connection: the process leaves, too."""
+        self.function = None
+        if self.connection is not None:
+            self.close(self.connection)
+        self.connection = self.poller = None
 
-    def bury(self) -> int | None:
+    def close(self, *ends: Any) -> None:
+        with _state.starting:  # no fork comes in between
+            _state.ends.difference_update(ends)
+            for end in ends:
+                end.close()
+
+    def kill_and_reap(self) -> int | None:
         """Kill the process with all that it has started; return its exit code."""
         process, code = self.process, None
         self.leave()
-        if process is not None and process.pid is not None:
+        if process is not None:
             _kill([process])
-            process.join()
-            for _ in range(50):  # another thread may be about to know, too
-                code = process.exitcode
-                if code is None:
-                    time.sleep(0.01)
-        self.process, self.is_ready, self.done = None, False, 0
+            code = process.wait()
+        self.close(*self.pipe)
+        self.process, self.page, self.is_ready, self.done = None, None, False, 0
         return code
 
     def retire(self) -> None:
-        """Let the process end in peace."""
+        """Let the process leave, which is idle; kill it if it does not."""
         self.leave()
-        self.process.join(_PATIENCE)
-        self.bury()
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_PATIENCE)
+        self.kill_and_reap()
 
 
-def _start_helpers(start_method: str) -> None:
-    """Start the processes that Python and loky start with the first worker.
-
-    They stay, and must not inherit the signals that are blocked while a worker starts.
-    """
-    if os.name == "posix" and start_method != "fork":
-        importlib.import_module("multiprocessing.resource_tracker").ensure_running()
-        if start_method == "loky":
-            _loky("backend.resource_tracker").ensure_running()
-        elif start_method == "forkserver":
-            importlib.import_module("multiprocessing.forkserver").ensure_running()
-
-
-class _StartError(Exception):
-    """What a worker has sent since it could not get ready: the text of a traceback."""
+class _BrokenWorkerError(Exception):
+    """A worker has told that it failed, outside of any task, and leaves."""
 
     def __init__(self, reply: bytes) -> None:
-        what, _, text = reply.decode(errors="replace").partition("\n")
-        self.is_of_initializer = what == _INITIALIZER_FAILED
-        self.text = text.strip()
-        super().__init__(f"{what}: {self.text.splitlines()[-1]}")
+        self.what, (_, _, summary, self.text) = pickle.loads(memoryview(reply)[1:])
+        super().__init__(f"{self.what}: {summary}")
+
+
+_INITIALIZER_HAS_FAILED = "the initializer has failed in a worker"
 
 
 def _attend(
     worker: _Worker, jobs: queue.SimpleQueue[_Job | None], patience: float
 ) -> None:
     """Be the attendant of a worker: in a thread of its own."""
-    worker.start(patience)
+    try:
+        worker.start(patience)
+    except Exception as error:
+        worker.start_error = error  # for the first job
     while True:
         try:
-            # To see soon that the run of its function has ended.
-            seconds = None if worker.function is None else _WAIT_SLICE / 2
+            # To see soon that the run of its function has ended, or when to leave.
+            seconds = 10 * _WAIT_SLICE if worker.function is None else _WAIT_SLICE / 2
             job = jobs.get(timeout=seconds)
         except queue.Empty:
             worker.forget()
+            if time.monotonic() > worker.idle_until:
+                _stop_if_idle(worker.pool)
             continue
-        if job is None:
+        if job is None or worker.stopping.is_set():
             break
-        if job.number > job.function.last_number:
-            # Nobody will read of it: the report of that batch ends the run. And it may
-            # take a fresh worker.
+        if job.number > job.function.skip_after:
+            # The consumer never sees a report of it, and a fresh worker might run it.
             continue
-        outcome: Any
+        outcome: Any = job.outcome
         try:
-            outcome = worker.outcome_of(job)
-        except Exception as error:  # whatever comes, nobody is to wait for a report
+            if not worker.do(job):
+                jobs.put(job)
+                worker.stopping.wait(_WAIT_SLICE)  # another may take it first
+                continue
+        except Exception as error:  # whatever it is, somebody waits for a report
             outcome = _Failure(error, ends_run=True)
         job.report(outcome)
         del job, outcome
-        if worker.has_given_up:
-            break
-    worker.leave()
+    worker.retire()
+
+
+# ---- in a worker process
+
+
+def _serve(connection: Any, page_name: Any, sentinel: Any) -> None:
+    """Be a worker, until the connection ends."""
+    page = _mapped_page(page_name)
+    if os.name == "posix":
+        os.close(page_name)
+        os.set_inheritable(connection.fileno(), False)
+        # A fork is not to keep the connection open, nor to count.
+        os.register_at_fork(after_in_child=connection.close)
+        os.register_at_fork(after_in_child=page.release)
+        _hold_life_line(sentinel)
+    # An interrupt is for the program: it ends the run, and so this process.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        _Server(connection, page).serve()
+    except _ProgramEnded:
+        pass
+    except BaseException as error:
+        what = "a worker has failed"
+        if isinstance(error, _InitializerFailed):
+            what, error = _INITIALIZER_HAS_FAILED, cast("Any", error.__cause__)
+        packed = _pack_error(error, _make_dump({}))
+        with contextlib.suppress(OSError, ValueError):
+            connection.send_bytes(_BROKEN + pickle.dumps((what, packed)))
+
+
+class _ProgramEnded(BaseException):
+    """In a worker: the connection has ended; or this is a fork, come back from a task."""
+
+
+class _InitializerFailed(BaseException):
+    """In a worker: the initializer has raised the cause of this."""
+
+
+class _Server:
+    """Answers the messages of the attendant, in a worker."""
+
+    def __init__(self, connection: Any, page: Any) -> None:
+        self.connection = connection
+        self.page = page
+        self.pickler: Any = None
+
+    def serve(self) -> None:
+        process = multiprocessing.current_process()
+        process.name = f"Worker-{os.getpid()}"
+        sys.path[:], sys.argv[:], process.authkey = pickle.loads(self.receive())
+        prepared, user_reducers, nested = pickle.loads(self.receive())
+        with joblib.parallel_config(**nested):
+            self.initialize(prepared)
+        reducers = {**_array_reducers(_reduce_array), **user_reducers}
+        self.pickler = _ReplyPickler(reducers)
+        self.pickler.page = self.page
+        self.reply(_READY)
+        # To forget a function need not look at what is there already. PyPy has none.
+        getattr(gc, "freeze", gc.collect)()
+        function: Any = None
+        send: Any = None
+        while True:
+            try:
+                messages = [self.receive()]  # a list: nothing else refers to it
+            except MemoryError as error:
+                what = "task_func" if function is None else "the task"
+                what += " cannot be unpickled in a worker"
+                raise _unpickling_error(what, error) from error
+            if messages[0][:1] in (_TASK, _TASKS):
+                start = time.perf_counter_ns()
+                with joblib.parallel_config(**function.config):
+                    reply = function.answer(messages, self.pickler, None, send)
+                self.page[_NANOSECONDS] = time.perf_counter_ns() - start
+                self.reply(reply)
+                continue
+            function = None
+            gc.collect()
+            if messages[0][:1] == _FUNCTION:
+                settings, watches = pickle.loads(memoryview(messages.pop())[1:])
+                function = _LoadedFunction(*settings)
+                send = self.send_some if watches else None
+                with joblib.parallel_config(**function.config):
+                    self.reply(function.load(self.pickler.dump))
+                function.payload = b""
+
+    def initialize(self, prepared: bytes) -> None:
+        try:
+            with _loading():
+                initializer, initargs = pickle.loads(prepared)
+                if initializer is not None:
+                    initializer(*initargs)
+        except BaseException as error:
+            raise _InitializerFailed from error
+
+    def receive(self) -> bytes:
+        try:
+            return bytes(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            raise _ProgramEnded from None
+
+    def reply(self, reply: bytes) -> None:
+        try:
+            self.connection.send_bytes(reply)
+        except OSError:
+            raise _ProgramEnded from None
+
+    def send_some(self, results: list[Any]) -> None:
+        self.page[_ENDED] = self.page[_BEGUN]
+        self.reply(self.pickler.reply(_MORE, results))
+
+
+def _hold_life_line(line: int) -> None:
+    """Have Linux kill this process group when the program ends, in whatever way.
+
+    *line* is the reading end of a pipe. The program holds the other end, and does not
+    write to it any more.
+    """
+    fcntl = importlib.import_module("fcntl")
+    if not hasattr(fcntl, "F_SETSIG"):
+        return  # not Linux
+    fcntl.fcntl(line, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(line, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(line, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    poller = select.poll()
+    poller.register(line, 0)
+    if poller.poll(0):  # it has ended already
+        os.killpg(0, signal.SIGKILL)
+
+
+# ---- pools
 
 
 class _Pool:
@@ -2926,154 +3425,131 @@ class _Pool:
     run keeps or stops it, and so do a timer, `shutdown` and the exit.
     """
 
-    def __init__(self, key: Any, size: int, recipe: _Recipe) -> None:
-        self.key = key  # of what another run must want to be served, too
-        self.size = size
+    def __init__(self, recipe: _Recipe) -> None:
         self.recipe = recipe
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.workers: list[_Worker] = []
-        self.timer: Any = None
-        self.modules = _module_specs({})  # as workers may have imported them
-        _private(multiprocessing.process, "_children")  # which a fork will need
-        _pools.add(self)
+        self.stopping = threading.Event()
+        self.modules = _Modules()
+        _state.pools.add(self)
 
     def __del__(self) -> None:
         # A finalizer of weakref would do nothing once the interpreter exits.
-        _dismiss(self.jobs, self.workers)
+        self.dismiss()
 
     def submit(self, job: _Job) -> None:
         """Have a job done; start another worker, unless there are enough."""
-        if len(self.workers) < self.size or not self.workers[-1].thread:
-            with _interrupts_later():
-                self.grow(job.function.patience)
+        if len(self.workers) < self.recipe.size:
+            worker = _Worker(self)
+            arguments = worker, self.jobs, job.function.patience
+            worker.thread = threading.Thread(
+                target=_attend, args=arguments, daemon=True
+            )
+            self.workers.append(worker)  # first, as an interrupt may come in between
+            _start(worker.thread)
         self.jobs.put(job)
-
-    def grow(self, patience: float) -> None:
-        # Python warns of forks beside threads: first all processes, then threads.
-        forks = self.recipe.forks()
-        for _ in range(self.size - len(self.workers) if forks else 1):
-            self.workers.append(_Worker(self.recipe))
-            if forks:
-                self.workers[-1].launch()
-        for worker in self.workers:
-            if worker.thread is None:
-                arguments = worker, self.jobs, patience
-                thread = threading.Thread(target=_attend, args=arguments, daemon=True)
-                thread.start()
-                worker.thread = thread
 
     def keep(self, seconds: float) -> None:
         """Let the next run of the same settings have the workers, which are idle.
 
         Stop them after so many seconds.
         """
-        for worker in self.workers if self.key is not None else ():
-            worker.has_begun.wait(_PATIENCE)  # while what it needs for that is there
-        self.modules.update(_module_specs(self.modules))
-        if self.key is None or not all(map(self.is_sound, self.workers)):
+        if any(worker.start_error is not None for worker in self.workers):
             self.stop()
             return
-        self.timer = threading.Timer(seconds, _stop_if_idle, (weakref.ref(self),))
-        self.timer.daemon = True
-        _idle_pools.append(self)
-        try:
-            self.timer.start()
-        except RuntimeError:  # no thread can be started
-            _stop_if_idle(weakref.ref(self))
-        _stop_idle_pools(_most_idle)
+        self.modules.update()
+        for worker in self.workers:
+            worker.idle_until = time.monotonic() + seconds
+        _state.idle_pools.append(self)
+        _stop_idle_pools(_state.max_idle)
 
-    def is_sound(self, worker: _Worker) -> bool:
-        """Tell whether it could be started, and as it would have been at first."""
-        is_elsewhere = worker.process and worker.surroundings != self.key[0]
-        has_failed = worker.failure is not None or worker.has_given_up
-        return not (has_failed or is_elsewhere)
+    def dismiss(self) -> None:
+        """Let the attendants take no more jobs, but come to their ends."""
+        self.stopping.set()
+        for _ in self.workers:
+            self.jobs.put(None)
 
     def stop(self, *, kill: bool = False) -> None:
         """Let the workers leave, which are idle; or kill them.
 
         In both cases, what their tasks have started ends with them.
         """
-        if self.timer is not None:
-            self.timer.cancel()
-        with _starting:  # none is in the middle of that
-            for worker in self.workers:
-                worker.is_stopped = True
-        found = [(w.process, w.is_ready) for w in self.workers]
-        found = [pair for pair in found if pair[0] is not None and pair[0].pid]
-        processes = [process for process, _ in found]
-        _kill([process for process, is_ready in found if kill or not is_ready])
-        _dismiss(self.jobs, self.workers)
+        with _state.starting:  # none is in the middle of that
+            self.dismiss()
+        found = [w for w in self.workers if kill or not w.is_ready]
+        _kill([w.process for w in found if w.process is not None])
         for worker in self.workers:
-            if worker.thread is None:  # it could not be started
-                worker.leave()
-            else:
-                worker.thread.join(timeout=_PATIENCE)
-        deadline = time.monotonic() + _PATIENCE
-        for process in processes:
-            process.join(max(0, deadline - time.monotonic()))
-        _kill(processes)
-        for process in processes:
-            process.join()
+            with contextlib.suppress(RuntimeError):  # it could not be started
+                worker.thread.join(timeout=2 * _PATIENCE)
 
 
-def _dismiss(jobs: queue.SimpleQueue[Any], workers: list[_Worker]) -> None:
-    """Let all attendants of a pool come to their end."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            jobs.get_nowait()
-    for _ in workers:
-        jobs.put(None)
-
-
-def _take_pool(key: Any) -> _Pool | None:
+def _take_pool(recipe: _Recipe) -> _Pool | None:
     """Return idle workers of these settings, if there are any."""
-    if key is None:  # it may not be compared
-        return None
-    modules = _module_specs({})
-    for pool in [*_idle_pools]:
-        if pool.key == key and _take_off_list(pool):
-            pool.timer.cancel()  # or it would stop the pool once it is idle again
-            known, now = pool.modules, map(modules.get, pool.modules)
-            is_current = all(map(operator.is_, known.values(), now))
-            if is_current and all(map(pool.is_sound, pool.workers)):
-                pool.modules = {**modules, **known}
+    for pool in [*_state.idle_pools]:
+        if pool.recipe == recipe and _take_off_list(pool):
+            for worker in pool.workers:
+                worker.idle_until = math.inf
+            if pool.modules.are_current():
                 return pool
             pool.stop()
     return None
 
 
-def _module_specs(known: dict[str, Any]) -> dict[str, Any]:
-    """Return the specs of the modules of the program whose names are not in *known*.
+class _Modules:
+    """The modules that the workers of a pool may have imported, as they are here.
 
     Whatever loads a module again gives it another spec. Specs must be compared by
     identity, since the old and the new one are equal.
     """
-    # Not by getattr(), at which a lazy module is loaded.
-    namespace_of = vars(types.ModuleType)["__dict__"].__get__
-    specs: dict[str, Any] = {}
-    for name, module in sys.modules.copy().items():
-        if name not in known:
-            try:  # contextlib.suppress() takes longer than all else here
-                specs[name] = namespace_of(module)["__spec__"]
-            except (KeyError, TypeError):  # it has none, or is not a module
-                pass
-    if "IPython.extensions.autoreload" in sys.modules:
-        # It may change a module in place, once the file is another: that is an item of
-        # its own. Files of installed packages are left out, since there are too many.
-        folders = operator.itemgetter("stdlib", "platlib", "purelib")
-        installed = folders(sysconfig.get_paths())
-        for name, spec in [*specs.items()]:
+
+    def __init__(self) -> None:
+        self.modules: dict[str, Any] = {}
+        self.namespaces: list[dict[str, Any]] = []
+        self.specs: list[Any] = []
+        self.times: dict[str, int] = {}  # of the last changes of files
+        self.update()
+
+    def update(self) -> None:
+        """Add what has been imported since."""
+        # Not by getattr(), at which a lazy module is loaded.
+        namespace_of = vars(types.ModuleType)["__dict__"].__get__
+        modules = sys.modules.copy()
+        for name in modules.keys() - self.modules.keys():
+            self.modules[name] = modules[name]
+            is_module = issubclass(type(modules[name]), types.ModuleType)
+            self.namespaces.append(namespace_of(modules[name]) if is_module else {})
+            self.specs.append(self.namespaces[-1].get("__spec__"))
+        for spec in self.specs if "IPython.extensions.autoreload" in modules else ():
+            # It changes modules in place when their files have changed. Installed
+            # packages are left out, since they have too many files.
+            folders = operator.itemgetter("stdlib", "platlib", "purelib")
+            installed = folders(sysconfig.get_paths())
             file = str(getattr(spec, "origin", None))
             if getattr(spec, "has_location", False) and not file.startswith(installed):
-                with contextlib.suppress(OSError, ValueError):
-                    specs[f"{name}: {os.stat(file).st_mtime_ns}"] = spec
-    return specs
+                self.times.setdefault(file, _time_of_change(file))
+
+    def are_current(self) -> bool:
+        """Return whether none of them has been loaded again."""
+        now = map(sys.modules.get, self.modules)
+        specs = map(dict.get, self.namespaces, itertools.repeat("__spec__"))
+        times = map(_time_of_change, self.times)
+        return (
+            all(map(operator.is_, now, self.modules.values()))
+            and all(map(operator.is_, specs, self.specs))
+            and all(map(operator.eq, times, self.times.values()))
+        )
+
+
+def _time_of_change(file: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return os.stat(file).st_mtime_ns
+    return 0
 
 
 def _take_off_list(pool: _Pool) -> bool:
-    """Take a pool off the list, which decides who has it; tell whether that worked."""
+    """Take a pool off the list, which decides who has it; return whether that worked."""
     try:
-        _idle_pools.remove(pool)
+        _state.idle_pools.remove(pool)
     except ValueError:  # another thread has taken it
         return False
     return True
@@ -3085,38 +3561,30 @@ def _stop_if_idle(reference: weakref.ref[_Pool]) -> None:
         pool.stop()
 
 
-def _life_line_of_program() -> Any:
-    """Return the reading end of a pipe that ends when this process does.
-
-    On Linux, that can have workers killed: see `hold_life_line`.
-    """
-    global _life_line
-    if sys.platform != "linux":
-        return None
-    if _life_line is None:
-        _life_line = multiprocessing.Pipe(duplex=False)
-        _our_ends.add(_life_line[1])
-    return _life_line[0]
+def _stop_idle_pools(most: int = 0) -> None:
+    """Stop idle workers, those that have been idle for longest first."""
+    while len(_state.idle_pools) > most:
+        with contextlib.suppress(IndexError):  # another thread has taken it
+            _state.idle_pools.pop(0).stop()
 
 
-def _kill(processes: list[Any]) -> None:
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
     """Kill processes, and all that they have started, also if they have ended.
 
-    Each leads a session, and what has one of its own goes on. On Linux, a session is
-    found though it has several process groups; elsewhere, only the first is.
+    Each leads a session, and what has a session of its own goes on. On Linux, a session
+    is found though it has several process groups; elsewhere, only the first group is.
     """
     if os.name != "posix":
         for process in processes:
-            _loky("backend.utils").kill_process_tree(process)
+            command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
+            quiet = subprocess.DEVNULL
+            subprocess.run(command, check=False, stdout=quiet, stderr=quiet)
+            process.kill()
         return
-    leaders = {process.pid for process in processes if not _is_of_another(process)}
+    leaders = {process.pid for process in processes if not _is_reused(process)}
     for pid in leaders:
         with contextlib.suppress(OSError):  # there is nothing left
             os.killpg(pid, signal.SIGKILL)
-    for process in processes:
-        if process.exitcode is None:
-            with contextlib.suppress(OSError):  # it may not lead its session yet
-                os.kill(process.pid, signal.SIGKILL)
     for _ in range(100):
         left = list(_members(leaders))
         if not left:
@@ -3127,12 +3595,12 @@ def _kill(processes: list[Any]) -> None:
         time.sleep(0.005)
 
 
-def _is_of_another(process: Any) -> bool:
-    """Tell whether the id of a process that has ended is that of another by now.
+def _is_reused(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether the id of a process that has ended is that of another by now.
 
     Then nothing is left of its session, or the id would not be free.
     """
-    if process.exitcode is None:
+    if process.poll() is None:
         return False
     try:
         os.kill(process.pid, 0)
@@ -3159,19 +3627,6 @@ def _members(leaders: set[int]) -> Iterator[int]:
                     yield pid
 
 
-@contextlib.contextmanager
-def _standard_streams() -> Iterator[None]:
-    """Lend standard streams to those who flush them, if those of the program fail."""
-    with contextlib.ExitStack() as stack:
-        for name in "stdout", "stderr":
-            try:
-                getattr(sys, name).flush()
-            except Exception:  # it is None, closed, or has no such method, say
-                sink = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(getattr(contextlib, f"redirect_{name}")(sink))
-        yield
-
-
 def _occupy_standard_streams() -> None:
     """Let no pipe become the standard output of a worker, where that is closed."""
     for number in range(3):
@@ -3182,734 +3637,391 @@ def _occupy_standard_streams() -> None:
                 os.set_inheritable(number, True)
 
 
-# Those by which programs are usually told to end, and whose handlers may raise.
-_WAITING_SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGHUP", "SIGTERM", "SIGINT")
-    if hasattr(signal, name)
+# --------------------------------------------------------------------------------------
+# Large arrays.
+
+
+_READ_ONLY = (
+    "Arrays of more than max_nbytes are mapped, read-only: mmap_mode='c' lets a task "
+    "change its own view, max_nbytes=None sends copies"
 )
 
+# Folders of arrays have joblib's own name, by which others look for them.
+_FOLDER_NAME = "joblib_memmapping_folder_"
 
-@contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Delay the handlers of the signals that end a program until this is over.
 
-    Otherwise they might raise in the middle of a start, or of a fork, where Python
-    drops what they raise. The signals are not blocked: the threads that are started
-    here would inherit that, and so would the programs that tasks start in them.
+def _array_reducers(reducer: Any) -> dict[Any, Any]:
+    numpy: Any = sys.modules.get("numpy")  # joblib has imported it, if there is one
+    return (
+        {} if numpy is None else dict.fromkeys((numpy.ndarray, numpy.memmap), reducer)
+    )
+
+
+def _reduce_array(array: Any) -> Any:
+    """Reduce an array to its place in a file, if it is mapped; else to a copy."""
+    return _reduce_to_mapping(array) or _reduce_to_copy(array)
+
+
+def _reduce_to_copy(array: Any) -> Any:
+    plain = sys.modules["numpy"].asarray(array)
+    # numpy keeps the byte order of contiguous arrays only.
+    plain = plain if plain.flags.forc else plain.copy()
+    return plain.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
+def _reduce_to_mapping(array: Any) -> Any:
+    """Reduce a view of a memory-mapped file to its place there, or return None.
+
+    joblib's own reducer drops the strides of contiguous views. It also maps what may
+    differ by now: private changes, and a file that another has replaced.
     """
-    noted: list[int] = []
-    handlers: dict[Any, Any] = {}
+    root = array
+    while not isinstance(getattr(root, "base", None), (mmap.mmap, type(None))):
+        root = root.base
+    if getattr(root, "base", None) is None:
+        return None
+    numpy: Any = sys.modules["numpy"]
+    if not (
+        isinstance(root, numpy.memmap)
+        and root.mode in ("r", "r+", "w+")  # with "c", changes are private
+        and root.flags.forc
+        and array.nbytes
+        and _is_current(root)
+    ):
+        return None
+    first = _address_of(array) - _address_of(root)
+    steps = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+    low = first + sum(step for step in steps if step < 0)
+    high = first + sum(step for step in steps if step > 0) + array.itemsize
+    if low < 0 or high > root.nbytes:  # as_strided() checks nothing
+        return None
+    if array.flags.forc:
+        mode = "r+" if array.flags.writeable else "r"
+        order = "C" if array.flags.c_contiguous else "F"
+        place = root.filename, array.dtype, mode, root.offset + low
+        return numpy.memmap, (*place, array.shape, order)
+    part = root.ravel("K").view("u1")[low:high]  # it is contiguous
+    return numpy.ndarray, (array.shape, array.dtype, part, first - low, array.strides)
+
+
+def _address_of(array: Any) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _is_current(root: Any) -> bool:
+    """Return whether what a memmap has mapped is still the file of that name."""
+    start = _address_of(root) - root.offset % mmap.ALLOCATIONGRANULARITY
+    end = start + -(-len(root.base) // mmap.PAGESIZE) * mmap.PAGESIZE
     try:
-        with contextlib.suppress(ValueError):  # this is not Python's main thread
-            # SIGINT is the last, since its handler raises as soon as it is restored.
-            for number in _WAITING_SIGNALS:
-                if callable(handler := signal.getsignal(number)):
-                    signal.signal(number, lambda number, _: noted.append(number))
-                    handlers[number] = handler
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in noted:
-            signal.raise_signal(number)
+        file: str = os.path.realpath(root.filename)
+        size: int = root.base.size()
+        with contextlib.suppress(OSError):  # this is not Linux, say
+            return os.readlink(f"/proc/self/map_files/{start:x}-{end:x}") == file
+        return os.path.getsize(file) == size
+    except (OSError, TypeError):  # it has no name
+        return False
 
 
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Block the signals that end a program in a worker process that is started here.
+class _ArrayFiles:
+    """The large arrays of a run, each in a file that is removed with the array.
 
-    It unblocks them once it takes no part in what happens at the terminal (see
-    `lead_session`). Nothing else may be started here, as it would inherit the mask.
+    joblib would keep the file until the run ends. They lie in a folder of the run,
+    which only the user may read, and which is made when it is first needed. The
+    instance is the reducer of arrays: it is called for each that is pickled, in the
+    consumer's thread.
     """
-    mask: Any = getattr(signal, "pthread_sigmask", lambda *_: set())  # Windows
-    blocked = mask(getattr(signal, "SIG_BLOCK", 0), _WAITING_SIGNALS)
-    try:
-        yield
-    finally:
-        mask(getattr(signal, "SIG_SETMASK", 0), blocked)
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.root = options.get("temp_folder")
+        self.pid = os.getpid()
+        self.folder: Any = None
+        self.files: dict[int, _ArrayReference] = {}  # by the ids of their arrays
+        self.dropped: deque[_ArrayReference] = deque()  # of arrays that are no more
+        self.kept: list[Any] = []  # references to the arrays of what is pickled
+        self.of_function: list[Any] = []
+        self.weight = 0  # bytes of all arrays
+        self.is_tracked = False
+        limit = options["max_nbytes"]
+        self.max_nbytes = math.inf if limit is None else limit
+        self.mode = options["mmap_mode"]
+        user_reducers = options.get("forward_reducers") or {}
+        self.reducers = {**_array_reducers(self), **user_reducers}
+
+    def __call__(self, array: Any) -> Any:
+        self.weight += array.nbytes
+        mapping = _reduce_to_mapping(array)
+        if mapping is not None:
+            return mapping
+        if array.nbytes <= self.max_nbytes or array.dtype.hasobject:
+            return _reduce_to_copy(array)
+        self.kept.append(array)
+        reference = self.files.get(id(array))
+        if reference is None or reference() is not array:
+            reference = self.written(array)
+        return joblib.load, (reference.file, self.mode, False)  # in its own byte order
+
+    def written(self, array: Any) -> _ArrayReference:
+        """Put an array into a file, which is removed after it."""
+        # The callback is no Python code, in which a signal handler could raise.
+        reference = _ArrayReference(array, self.dropped.append)
+        reference.key = id(array)
+        try:
+            folder = self.folder or self.made_folder()
+            reference.file = os.path.join(folder, f"{uuid.uuid4().hex}.pkl")
+            joblib.dump(array, reference.file)
+            os.chmod(reference.file, 0o600)
+        except OSError as error:
+            self.remove(reference)
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: large arrays cannot be put into files there; the "
+                "option temp_folder says where, max_nbytes=None sends copies instead",
+                os.fspath(self.folder or self.root or "the folder for temporary files"),
+            ) from error
+        self.files[reference.key] = reference
+        return reference
+
+    def made_folder(self) -> str:
+        name = f"{_FOLDER_NAME}{self.pid}_{uuid.uuid4().hex}"
+        module = importlib.import_module("joblib._memmapping_reducer")
+        folder, _ = _private(module, "_get_temp_dir")(name, self.root)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # it has been made, but for everybody
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+        self.folder = folder  # first, as an interrupt may come in between
+        os.mkdir(folder, mode=0o700)
+        if not getattr(sys, "frozen", False):  # where that would start the program anew
+            tracker = _loky("backend.resource_tracker")
+            tracker.register(folder, "folder")  # removes it if the program is killed
+            self.is_tracked = True
+        return str(folder)
+
+    def remove_dropped(self) -> None:
+        """Remove the files of arrays that are no more."""
+        while self.dropped:
+            self.remove(self.dropped.popleft())
+
+    def remove(self, reference: _ArrayReference) -> None:
+        if self.files.get(reference.key) is reference:
+            del self.files[reference.key]
+        if self.pid == os.getpid():
+            with contextlib.suppress(OSError):  # Windows, where a worker maps it
+                os.unlink(reference.file)
+
+    def close(self) -> None:
+        """Remove all files."""
+        self.reducers.clear()  # they refer to this
+        self.files.clear()
+        folder, self.folder = self.folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            if self.is_tracked:
+                _loky("backend.resource_tracker").unregister(folder, "folder")
+
+
+class _ArrayReference(weakref.ref[Any]):
+    """A reference to an array that knows its file."""
+
+    key: int
+    file = ""
 
 
 # --------------------------------------------------------------------------------------
-# What runs in a worker.
+# Ends of runs.
 #
-# Workers need not import this file. What they need of it are the functions nested in
-# `_worker_functions`, which travel by value, and refer to nothing of this module but
-# what it imports and the names below.
-
-# The name of the module in which worker processes keep what they have.
-_WORKER_MODULE = "_joblib_batches"
-
-# First bytes of messages: tasks that travel together, or each apart; a call that a
-# backend of others has wrapped; a function, or that the last one may be forgotten.
-_TOGETHER, _APART, _CALL, _FUNCTION, _FORGET = b"t", b"a", b"c", b"f", b"-"
-
-# First bytes of replies: results so far, the last ones, and none, since tasks that came
-# together cannot be unpickled.
-_MORE, _DONE, _UNREADABLE, _OVERDUE = b"+", b".", b"?", b"!"
-
-# First byte of what announces a large message, which follows in parts: the next bytes
-# are the first of the message, and its length.
-_LARGE, _LEAST_LARGE, _PART = b"l", 2**22, 2**16
-
-# What a worker could not do that does not get ready.
-_START_FAILED = "a worker process could not be started"
-_INITIALIZER_FAILED = "the initializer has failed in a worker"
-
-# Types of which nothing can fail to be pickled or unpickled.
-_PLAIN = frozenset((bool, bytes, complex, float, int, str, type(None)))
-_CONTAINERS = frozenset((dict, frozenset, list, set, tuple))
+# However a run ends (`finally` of _results, the finalizer of its _Run, or a hook at
+# exit), its lifetime's `end` is called, and that calls `end` of its engine in a thread:
+# workers that are busy are killed, others are kept or stopped.
+#
+# A lifetime is among the open runs from the start of the run until all that it has
+# started has ended. When the interpreter exits, runs that nobody will read to the end
+# are ended: those that were last read in the main thread, in one that has ended, or in
+# a daemon thread. Then all pools of workers are stopped. There are two hooks: of
+# atexit, which comes before those of Dask and Ray if these were imported before the
+# first run; and of multiprocessing, for its child processes.
 
 
-def _worker_functions() -> types.SimpleNamespace:
-    """Return what runs in workers."""
+class _State:
+    """What this process has started. In a fork, there is an empty one in its place."""
 
-    def run_in_thread(task_func: Any, returns_errors: bool, *tasks: Any) -> Any:
-        """Return the results, and by their indices the errors of tasks that failed."""
+    def __init__(self, max_idle: int) -> None:
+        self.open_runs: set[_Lifetime] = set()
+        self.pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all
+        self.idle_pools: list[_Pool] = []  # only changed by atomic calls: has no lock
+        self.max_idle = max_idle
+        # All starts of processes hold this, and forks wait for it: a fork in the middle
+        # of one would hold the worker's end of a connection open.
+        self.starting = threading.RLock()
+        self.ends: set[Any] = set()  # of connections and pipes, which a fork closes
 
-        def packed(error: BaseException) -> Any:
-            # The frame of run_tasks would refer to it, too.
-            return error.with_traceback(getattr(error.__traceback__, "tb_next", None))
 
-        return run_tasks(task_func, returns_errors, iter(tasks), packed)
+_state = _State(max_idle=3)
+_inherited: list[Any] = []  # what a fork has of its parent, and must not collect
 
-    def run_elsewhere(task_func: Any, returns_errors: bool, *tasks: Any) -> Any:
-        """Do the same in a process of a backend of others."""
 
-        def packed(error: BaseException) -> Any:
-            return pack_error(error, make_dump({}))
+class _Lifetime:
+    """Who reads a run, what it has started, and whether it has ended.
 
-        return run_tasks(task_func, returns_errors, iter(tasks), packed)
+    Any thread may call `end` and `fail`; `_end` is called in a thread of its own; the
+    rest is for the consumer's thread.
+    """
 
-    def run_tasks(
-        task_func: Any, returns_errors: bool, tasks: Any, packed: Any, signs: Any = None
-    ) -> tuple[list[Any], dict[int, Any]]:
-        """Return the results, and by their indices the packed errors of failed tasks.
+    def __init__(self, run: _Run) -> None:
+        self.run = weakref.ref(run)
+        self.engine = run.engine
+        self.pid = 0  # of the process that it was started in
+        self.reader = threading.current_thread()  # the last one
+        self.is_at_work = False  # inside of the engine
+        self.is_busy = False  # something is out
+        self.has_failed = False  # the engine, which takes no more
+        self.end_once = threading.Lock()  # test-and-set: it is never released
+        self.ended = threading.Event()  # set if there is nothing to end
+        self.ended.set()
 
-        None stands for the result of these. Without *returns_errors*, the first task
-        that fails is the last to be run. *signs*, if given, may take away what is done.
-        """
-        results: list[Any] = []
-        failures: dict[int, Any] = {}
-        lock = contextlib.nullcontext() if signs is None else signs.lock
-        with lock:
-            if signs is not None:
-                signs.watched, signs.failures = results, failures
-        append = results.append
-        while True:
-            try:
-                for task in tasks:
-                    append(task_func(task))
-            except BaseException as error:
-                failure = packed(error)
-                with lock:
-                    failures[len(results)] = failure
-                    append(None)
-                if returns_errors and not leaves_debugger(error):
-                    continue
-            with lock:
-                if signs is not None:
-                    signs.watched, signs.failures = signs.nothing, None
-                return results, failures
+    def begin(self) -> None:
+        self.pid, self.reader = os.getpid(), threading.current_thread()
+        self.ended.clear()
+        _state.open_runs.add(self)
+        _end_all_at_exit(self.pid)
 
-    def leaves_debugger(error: Any) -> bool:
-        """Tell whether somebody has quit pdb, and means the program."""
-        return isinstance(error, getattr(sys.modules.get("bdb"), "BdbQuit", ()))
-
-    def told(error: BaseException) -> str:
-        return "".join(traceback.format_exception_only(type(error), error)).strip()
-
-    class Signs:
-        """Signs of life: a thread that sends, now and then, what is done of a batch.
-
-        So it costs a task nothing to be watched. It is also this that finds a task over
-        its limit: the same has been under way at two looks that are as far apart. The
-        program could not tell, since a call that holds the interpreter's lock puts
-        a look off until it ends, when its result is not there yet.
-        """
-
-        def __init__(
-            self, connection: Any, dump: Any, seconds: float, limit: float
-        ) -> None:
-            self.connection = connection
-            self.dump = dump
-            self.lock = threading.Lock()
-            self.nothing: list[Any] = []  # to be watched: what may take its time
-            # The list that grows with each task, or with each result that is pickled;
-            # None between two batches.
-            self.watched: list[Any] | None = None
-            self.failures: Any = None  # of the tasks, while these are being run
-            self.over = threading.Event()
-            arguments = seconds, limit
-            threading.Thread(target=self.look, args=arguments, daemon=True).start()
-
-        def look(self, seconds: float, limit: float) -> None:
-            seen, length, since = None, 0, 0.0
-            while not self.over.wait(seconds):
-                # The program has ended, or this is left to the reply.
-                with self.lock, contextlib.suppress(OSError, MemoryError):
-                    watched, now = self.watched, time.monotonic()
-                    goes_on = watched is seen and watched is not self.nothing
-                    seen = watched
-                    if watched is None:
-                        continue
-                    if not (goes_on and len(watched) == length):
-                        since = now
-                    length = len(watched)
-                    if now - since > limit:
-                        self.connection.send_bytes(_OVERDUE)
-                    elif self.failures is None or not watched:
-                        self.connection.send_bytes(_MORE)
-                    else:
-                        self.send(watched, self.failures)
-                        length = 0
-
-        def send(self, results: list[Any], failures: Any) -> None:
-            """Send results that there are, and forget them."""
-            count = len(results)  # there may be more in a moment
-            # Others may take long to pickle: each is a sign of its own.
-            size = count if are_plain(results[:count]) and not failures else 1
-            sent = 0
-            try:
-                for start in range(0, count, size):
-                    found = {0: failures[start]} if start in failures else {}
-                    part = results[start : start + size]
-                    self.connection.send_bytes(reply(part, found, self.dump, _MORE))
-                    sent += len(part)
-            finally:  # whatever comes, nothing is sent twice
-                del results[:sent]
-                left = {n - sent: failures[n] for n in failures if n >= sent}
-                failures.clear()
-                failures.update(left)
-
-    def answer(
-        get_function: Any,
-        returns_errors: bool,
-        messages: list[bytes],
-        dump: Any,
-        get_signs: Any = lambda size: None,
-        scattered: Any = None,
-    ) -> bytes:
-        """Run the tasks of a message, which is let go; return the reply, pickled.
-
-        *scattered* has tasks that were not, by the keys that stand in their places.
-        """
-
-        server: Any = sys.modules.get(_WORKER_MODULE, types.SimpleNamespace())
-
-        def load(part: bytes) -> Any:
-            server.is_loading = True
-            try:
-                return pickle.loads(part)
-            except BaseException as error:
-                raise unreadable("the task", error) from error
-            finally:
-                server.is_loading = False
-
-        def replaced(task: Any) -> Any:
-            return scattered.get(task, task) if type(task) is str else task
-
-        def packed(error: BaseException) -> Any:
-            return pack_error(error, dump)
-
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Surround what the consumer's thread does with the engine."""
+        if self.pid != os.getpid():
+            raise RuntimeError(
+                "a run cannot be read in a fork of the process it is from"
+            )
+        self.reader, self.is_at_work = threading.current_thread(), True
         try:
-            task_func = get_function()
-        except BaseException as error:
-            return cast(bytes, dump(("no function", [], packed(error)), _DONE))
-        data = messages.pop()
-        server.is_loading = True
-        try:
-            tasks = pickle.loads(memoryview(data)[1:])
-        except BaseException as error:
-            if data[:1] == _TOGETHER:
-                return _UNREADABLE  # they are sent again, apart
-            failure = unreadable("the tasks of a batch", error)
-            failure.__cause__ = error
-            return cast(bytes, dump(("no results", [], packed(failure)), _DONE))
+            yield
         finally:
-            server.is_loading = False
-        signs = get_signs(len(tasks))
-        tasks = map(load, tasks) if data[:1] == _APART else iter(tasks)
-        del data
-        if scattered:
-            tasks = map(replaced, tasks)
-        results, failures = run_tasks(task_func, returns_errors, tasks, packed, signs)
-        return reply(results, failures, dump, _DONE, signs)
+            self.is_at_work = False
+            if self.is_over():  # meanwhile, in another thread
+                self.engine.end(kill=True)
 
-    def reply(
-        results: list[Any], failures: Any, dump: Any, first: bytes, signs: Any = None
-    ) -> bytes:
-        """Pickle results: apart, if one of them could cost others."""
+    def is_over(self) -> bool:
+        return self.end_once.locked()
 
-        def packed(error: BaseException) -> Any:
-            message = f"the result cannot be pickled: {told(error)}"
-            failure = pickle.PicklingError(message)
-            failure.__cause__ = error
-            return pack_error(failure, dump)
+    def takes_more(self) -> bool:
+        return not (self.has_failed or self.is_over())
 
-        with contextlib.suppress(Exception):  # one is nested too deeply, say
-            if not failures and are_plain(results):
-                return cast(bytes, dump(("together", results, failures), first))
-        parts: list[Any] = []
-        if signs is not None:
-            signs.watched = parts
-        for index, result in enumerate(results):
-            parts.append(None)
-            try:
-                parts[-1] = None if index in failures else dump(result)
-            except BaseException as error:
-                failures[index] = packed(error)
-        while True:
-            try:
-                return cast(bytes, dump(("apart", parts, failures), first))
-            except MemoryError as error:  # not for all of them: without the largest
-                sizes = [len(part or b"") for part in parts]
-                if not any(sizes):
-                    raise
-                index = sizes.index(max(sizes))
-                parts[index] = None
-                failures[index] = packed(error)
+    def end(self) -> None:
+        """End the run, and wait for that if it is this thread's. May be called again.
 
-    def are_plain(values: list[Any]) -> bool:
-        """Tell whether it makes no difference if values are pickled as one.
-
-        That is so if they hold nothing but plain values in containers, and share none
-        that can be changed. Of many parts it is not worth finding out.
+        It is done in another thread, where no signal handler interrupts it, and which
+        can wait for locks that this one may hold: the garbage collector may call this
+        anywhere, even in the middle of another run's work.
         """
-        most = 100 * len(values)
-        seen: set[int] = set()  # ids of containers that can be changed
-        count = 0  # of the same
-        while len(values) <= most:
-            if _PLAIN.issuperset(map(type, values)):
-                return True
-            values = [value for value in values if type(value) not in _PLAIN]
-            if not _CONTAINERS.issuperset(map(type, values)):
-                return False
-            ids = [id(value) for value in values if type(value) is not tuple]
-            seen.update(ids)
-            count += len(ids)
-            if len(seen) < count:
-                return False
-            # Each tuple once, or nested ones that share others would take for ever.
-            values = gc.get_referents(*{id(value): value for value in values}.values())
-        return False
-
-    def unreadable(what: str, error: BaseException) -> Exception:
-        """Return an error that says what cannot be unpickled, and what to do."""
-        message = f"{what} cannot be unpickled in a worker: {told(error)}"
-        trace: Any = error.__traceback__
-        if isinstance(error, ImportError):
-            kind = importlib.import_module("joblib.externals.loky.backend.reduction")
-            home = kind.get_loky_pickler().__mro__[1].__module__.rpartition(".")[0]
-            message += (
-                ": install it where the workers are, or have the module sent with what "
-                f"is of it, by {home}.register_pickle_by_value"
-            )
-        elif isinstance(error, AttributeError) and not trace.tb_next:
-            message += (
-                ": a function of the program that is wrapped (as by lru_cache) travels "
-                "by its name, which workers do not have: put it into a module"
-            )
-        return pickle.UnpicklingError(message)
-
-    def load_function(payload: Any) -> Any:
-        try:
-            return pickle.loads(payload)
-        except BaseException as error:
-            raise unreadable("task_func", error) from error
-
-    def make_dump(reducers: Any, by_name: bool = False) -> Any:
-        """Return a function that pickles like joblib, by one pickler, as to make one is
-        slow. *by_name*: what is the program's own, as if it were of a module.
-        """
-        reduction = importlib.import_module("joblib.externals.loky.backend.reduction")
-        kind = reduction.get_loky_pickler()
-        override = getattr(kind, "reducer_override", None)  # LOKY_PICKLER may have none
-        reducers = {**array_reducers(copy_of), **reducers}
-
-        class Pickler(kind):  # type: ignore[misc, valid-type]
-            def reducer_override(self, value: Any) -> Any:
-                if by_name and isinstance(value, (type, types.FunctionType)):
-                    found: Any = sys.modules.get("__main__")
-                    for name in value.__qualname__.split("."):
-                        found = getattr(found, name, None)
-                    if found is value and value.__module__ == "__main__":
-                        return NotImplemented
-                return override(self, value) if override else NotImplemented
-
-        def fresh() -> tuple[io.BytesIO, Any]:
-            buffer = io.BytesIO()
-            options = {"reducers": reducers, "protocol": pickle.HIGHEST_PROTOCOL}
-            return buffer, Pickler(buffer, **options)
-
-        buffer, pickler = fresh()
-
-        def dump(value: Any, first: bytes = b"") -> bytes:
-            nonlocal buffer, pickler
-            buffer.write(first)
-            try:
-                pickler.dump(value)
-                return buffer.getvalue()
-            finally:  # keep nothing of it
-                # The table of its memo never shrinks, and all of it is cleared.
-                # The buffer is closed when there was no memory for it.
-                if buffer.closed or sys.getsizeof(pickler, 0) > 200_000:
-                    buffer, pickler = fresh()
-                pickler.clear_memo()
-                buffer.seek(0)
-                buffer.truncate()
-
-        return dump
-
-    def pack_error(error: BaseException, dump: Any) -> Any:
-        """Return *error* in a form that survives pickling: see `_unpacked_error`."""
-
-        def show(lines: Any) -> str:
-            try:
-                return "".join(lines()).strip()
-            except Exception:  # as its own methods may fail
-                return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
-
-        def whole() -> Any:
-            told = traceback.TracebackException.from_exception(error)
-            part: Any = told
-            while part is not None:  # without the frames of this module
-                frames = [
-                    f
-                    for f in part.stack
-                    if f.filename != pack_error.__code__.co_filename
-                ]
-                part.stack = traceback.StackSummary.from_list(frames)
-                part = part.__cause__ or part.__context__
-            return told.format()
-
-        def dumped(form: Any) -> Any:
-            with contextlib.suppress(BaseException):
-                data = dump(form)
-                copy = pickle.loads(data)
-                if form is not error or repr(copy.args) == repr(error.args):
-                    return data
-            return None
-
-        kind: Any = type(error)
-        summary = show(lambda: traceback.format_exception_only(kind, error))
-        text = show(whole)
-        # Many a class cannot be called with the `args` that it has passed to its base,
-        # as pickle would. What the built-in class underneath knows is sent instead,
-        # then.
-        bases = [base for base in kind.__mro__ if base in vars(builtins).values()]
-        builtin: Any = bases[0]
-        data, members = dumped(error), None
-        if data is None and isinstance(
-            error, vars(builtins).get("BaseExceptionGroup", ())
-        ):
-            group: Any = error
-            members = [pack_error(member, dump) for member in group.exceptions]
-            data = dumped((builtin, kind, (group.message,), vars(group)))
-        elif data is None:
-            data = dumped((builtin, *builtin.__reduce__(error)))
-        return data, members, summary, text
-
-    # ---- arrays of numpy, in tasks and in results
-
-    def array_reducers(reducer: Any) -> Any:
-        """Return reducers that pickle arrays by *reducer*, if there is numpy."""
-        numpy: Any = sys.modules.get("numpy")  # which joblib has imported
-        kinds = () if numpy is None else (numpy.ndarray, numpy.memmap)
-        return dict.fromkeys(kinds, reducer)
-
-    def reduce_array(array: Any) -> Any:
-        return mapping_of(array) or copy_of(array)
-
-    def copy_of(array: Any) -> Any:
-        """Reduce an array to its data; that of a memmap becomes an ndarray."""
-        plain = sys.modules["numpy"].asarray(array)
-        # numpy keeps the order of bytes of what is contiguous only.
-        plain = plain if plain.flags.forc else plain.copy()
-        return plain.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-
-    def mapping_of(array: Any) -> Any:
-        """Reduce a view of a memory-mapped file to its place there, or return None.
-
-        joblib's own reducer drops the strides of contiguous views. It also maps what
-        may differ by now: private changes, and a file that another has replaced.
-        """
-        numpy: Any = sys.modules["numpy"]
-        root = array
-        while not isinstance(getattr(root, "base", None), (mmap.mmap, type(None))):
-            root = root.base
-        if not (
-            isinstance(root, numpy.memmap)
-            and isinstance(root.base, mmap.mmap)
-            and root.mode in ("r", "r+", "w+")  # with "c", changes are private
-            and root.flags.forc
-            and array.nbytes
-            and is_current(root)
-        ):
-            return None
-        first = address_of(array) - address_of(root)
-        steps = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
-        low = first + sum(step for step in steps if step < 0)
-        high = first + sum(step for step in steps if step > 0) + array.itemsize
-        if low < 0 or high > root.nbytes:  # as_strided() checks nothing
-            return None
-        if array.flags.forc:
-            mode = "r+" if array.flags.writeable else "r"
-            order = "C" if array.flags.c_contiguous else "F"
-            place = root.filename, array.dtype, mode, root.offset + low
-            return numpy.memmap, (*place, array.shape, order)
-        part = root.ravel("K").view("u1")[low:high]  # which is contiguous
-        layout = part, first - low, array.strides
-        return numpy.ndarray, (array.shape, array.dtype, *layout)
-
-    def address_of(array: Any) -> int:
-        return int(array.__array_interface__["data"][0])
-
-    def is_current(root: Any) -> bool:
-        """Tell whether what a memmap has mapped is still the file of that name."""
-        start = address_of(root) - root.offset % mmap.ALLOCATIONGRANULARITY
-        end = start + -(-len(root.base) // mmap.PAGESIZE) * mmap.PAGESIZE
-        try:
-            file: str = os.path.realpath(root.filename)
-            size: int = root.base.size()
-            with contextlib.suppress(OSError):  # this is not Linux, say
-                return os.readlink(f"/proc/self/map_files/{start:x}-{end:x}") == file
-            return os.path.getsize(file) == size
-        except (OSError, TypeError):  # it has no name
-            return False
-
-    # ---- worker processes of loky and multiprocessing
-
-    def serve(
-        connection: Any,
-        line: Any,
-        prepared: Any,
-        reducers: Any,
-        by_name: bool,
-        env: Any,
-    ) -> None:
-        """Be a worker, until the connection ends."""
-        with contextlib.suppress(EOFError, OSError):  # the program has ended
-            what = _START_FAILED
-            try:
-                lead_session(connection)
-                if line is not None:
-                    hold_life_line(line)
-                os.environ.update(env)
-                reducers = {**reducers, **array_reducers(reduce_array)}
-                make_own_dump = functools.partial(make_dump, reducers, by_name)
-                server = Server(connection, make_own_dump)
-                sys.modules[_WORKER_MODULE] = cast(Any, server)
-                # To forget a function need not look at what is there already. PyPy has
-                # none.
-                getattr(gc, "freeze", gc.collect)()
-                connection.send_bytes(_MORE)  # it has begun
-                what = _INITIALIZER_FAILED
-                # What it starts by joblib is nested, like what tasks start.
-                nested = joblib.parallel.ThreadingBackend(nesting_level=1)
-                joblib.parallel_config(backend=nested)
-                initialize(prepared)
-                server.is_loading = False
-            except BaseException:
-                text = f"{what}\n{traceback.format_exc()}"
-                connection.send_bytes(text.encode(errors="backslashreplace"))
-                return
-            del prepared
-            connection.send_bytes(_DONE)
-            while True:
-                server.handle()
-
-    def initialize(prepared: Any) -> None:
-        initializer, initargs = (
-            pickle.loads(prepared) if isinstance(prepared, bytes) else prepared
-        )
-        if initializer is not None:
-            initializer(*initargs)
-
-    class Server:
-        """Answers what arrives at a connection, by the function of a run."""
-
-        def __init__(self, connection: Any, make_own_dump: Any) -> None:
-            self.connection = connection
-            self.make_dump = make_own_dump
-            self.dump = make_own_dump()
-            self.function = self.config = self.signs = self.watch = None
-            self.returns_errors = False
-            # Processes that are started meanwhile would do so in turn, without end.
-            self.is_loading = True
-
-        def handle(self) -> None:
-            """Read a message, and answer it; keep nothing of either."""
-            message = self.connection.recv_bytes()
-            kind = message[:1]
-            if kind == _LARGE:
-                kind = message[1:2]
-                message = self.received(int.from_bytes(message[2:], "big"))
-            if kind == _FORGET:
-                self.forget()
-                return
-            messages = [message]
-            del message
-            try:
-                if messages[0] is None:
-                    what = "task_func" if kind == _FUNCTION else "the tasks of a batch"
-                    failure = MemoryError("its message is too large")
-                    raise unreadable(what, failure) from failure
-                if kind == _FUNCTION:
-                    answered = self.take(messages.pop())
-                elif kind == _CALL:
-                    answered = pickle.loads(messages.pop()[1:])()
-                else:
-                    answered = self.answer(messages)
-            except BaseException as error:
-                how = "no function" if kind == _FUNCTION else "no results"
-                packed = pack_error(error, self.dump)
-                answered = self.dump((how, [], packed), _DONE)
-            with contextlib.nullcontext() if self.signs is None else self.signs.lock:
-                if self.signs is not None:
-                    self.signs.watched = None
-                self.connection.send_bytes(answered)
-
-        def received(self, size: int) -> Any:
-            """Return a large message; skip it and return None if there is no memory.
-
-            That could not be done in the midst of one that comes as a whole.
-            """
-            content = None
-            with contextlib.suppress(MemoryError):
-                content = bytearray(size)
-            for start in range(0, size, _PART):
-                if content is None:
-                    self.connection.recv_bytes()
-                else:
-                    self.connection.recv_bytes_into(content, start)
-            return content
-
-        def forget(self) -> None:
-            """Let go of a function, and of all that came with it."""
-            if self.config is None:
-                return
-            self.config.unregister()
-            if self.signs is not None:
-                self.signs.over.set()
-            self.function = self.config = self.signs = None
-            gc.collect()
-
-        def take(self, message: bytes) -> bytes:
-            """Keep a function for the batches to come; return a reply."""
-            self.forget()
-            content = memoryview(message)[1:]
-            size = int.from_bytes(content[:8], "big") + 8
-            head = pickle.loads(content[8:size])
-            nested, n_jobs, self.returns_errors, self.watch = head
-            # What tasks start by joblib uses the backend that joblib would give them,
-            # and so does what is started while the function is loaded.
-            self.config = joblib.parallel_config(backend=nested, n_jobs=n_jobs)
-            self.is_loading = True
-            try:
-                self.function = load_function(content[size:])
-            finally:
-                self.is_loading = False
-            return _DONE
-
-        def answer(self, messages: list[bytes]) -> bytes:
-            """Run a batch."""
-            get = lambda: self.function
-            return answer(get, self.returns_errors, messages, self.dump, self.get_signs)
-
-        def get_signs(self, size: int) -> Any:
-            """Return what tells of a batch of many tasks, if there is a limit."""
-            if self.watch is None or size == 1:
-                return None
-            if self.signs is None:
-                self.signs = Signs(self.connection, self.make_dump(), *self.watch)
-            return self.signs
-
-    def lead_session(connection: Any) -> None:
-        """Take no part in what happens at the program's terminal."""
-        # A fork inherits the program's handlers, which must not act here. An interrupt
-        # is for the program: it ends the run, and so this process.
-        for number in signal.valid_signals():
-            if callable(signal.getsignal(number)):
-                ignore = number == signal.SIGINT
-                signal.signal(number, (lambda *_: None) if ignore else signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
-        if os.name == "posix":
-            os.setsid()
-            # Or it would not end with this process.
-            os.register_at_fork(after_in_child=connection.close)
-            os.set_inheritable(connection.fileno(), False)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING_SIGNALS)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
-
-    def hold_life_line(line: Any) -> None:
-        """Have Linux kill this process group when the program ends, in whatever way.
-
-        The program holds the writing end of a pipe, to which nobody writes. This opens
-        the reading end anew, since what is asked for here is of an open file.
-        """
-        fcntl = importlib.import_module("fcntl")
-        try:
-            path = f"/proc/self/fd/{line.fileno()}"
-            own = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:  # a sandbox without /proc, where it is left out
+        if self.ended.is_set() or self.pid != os.getpid():
             return
+        # If an interrupt comes in between, the finalizer of the run does it again.
+        _call_in_thread(self._end)
+        me = threading.current_thread()
+        is_busy = any(
+            other.is_at_work and other.reader is me for other in [*_state.open_runs]
+        )
+        if self.reader is me and not is_busy:
+            self.ended.wait(timeout=10)
+
+    def _end(self) -> None:
+        """Call off what is out; stop the workers, or keep them for the next run."""
+        if not self.end_once.acquire(blocking=False):
+            return
+        try:
+            self.engine.end(kill=self.is_busy or self.has_failed)
         finally:
-            line.close()
-        fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpid())
-        fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-        poller = select.poll()
-        poller.register(own, 0)
-        if poller.poll(0):  # it has ended already
-            os.killpg(0, signal.SIGKILL)
+            _state.open_runs.discard(self)
+            self.ended.set()
 
-    # ---- workers of Dask and Ray
-
-    class Functions:
-        """The function of a run in a worker of Dask or Ray.
-
-        A worker of Dask is a process with threads. Each thread has a copy of its own,
-        since a model is not made to be shared. They go with this, when Dask lets it go.
-        """
-
-        def __init__(self, payload: bytes, returns_errors: bool, config: Any) -> None:
-            self.payload = payload
-            self.returns_errors = returns_errors
-            self.config = config  # for what tasks start by joblib themselves
-            self.kept = threading.local()
-
-        def __reduce__(self) -> Any:
-            return Functions, (self.payload, self.returns_errors, self.config)
-
-        def __sizeof__(self) -> int:
-            return len(self.payload)  # Dask asks
-
-        def __call__(self, data: bytes, scattered: Any = None) -> bytes:
-            """Run a batch."""
-            get, dump = self.get, make_dump({})
-            with joblib.parallel_config(**self.config):
-                return answer(
-                    get, self.returns_errors, [data], dump, scattered=scattered
-                )
-
-        def get(self) -> Any:
-            if not hasattr(self.kept, "function"):
-                self.kept.function = load_function(self.payload)
-            return self.kept.function
-
-    def answer_of_ray(key: str, stored: Any, data: bytes) -> bytes:
-        """Run a batch by the function of the run *key*; the worker keeps one."""
-        state: Any = sys.modules.get(_WORKER_MODULE)
-        if state is None or state.key != key:
-            functions = pickle.loads(importlib.import_module("ray").get(stored))
-            state = types.SimpleNamespace(key=key, functions=functions)
-            sys.modules[_WORKER_MODULE] = state
-        return cast(bytes, state.functions(data))
-
-    return types.SimpleNamespace(**locals())
+    def fail(self, error: BaseException) -> None:
+        """Let whoever reads on meet an exception."""
+        run = self.run()
+        if run is not None:
+            run.inbox.fail(error)
 
 
-_WORKER = _worker_functions()
+def _start(thread: threading.Thread) -> None:
+    """Start a thread in another one, where no signal handler raises in the middle."""
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def start() -> None:
+        try:
+            thread.start()
+            outcome.put(None)
+        except BaseException as error:
+            outcome.put(error)
+
+    _thread.start_new_thread(start, ())
+    error = outcome.get()
+    if error is not None:
+        raise error
+
+
+def _call_in_thread(function: Callable[[], object]) -> None:
+    """Call *function* in a thread; here, if no thread can be started."""
+    try:
+        if not sys.is_finalizing():
+            _start(threading.Thread(target=function, daemon=True))
+            return
+    except RuntimeError:  # a limit is reached, or the interpreter exits
+        pass
+    function()
+
+
+@functools.cache
+def _end_all_at_exit(pid: int) -> None:
+    """See to it, once a process, that nothing is left when it exits."""
+    atexit.register(_at_exit, pid)
+    multiprocessing.util.Finalize(None, _at_exit, (pid,), exitpriority=100)
+
+
+def _at_exit(pid: int) -> None:
+    """End the runs that nobody will read to the end, and stop their workers."""
+    if pid != os.getpid():  # a fork
+        return
+    _state.max_idle = 0
+    read_on = set()
+    for lifetime in [*_state.open_runs]:
+        reader = lifetime.reader
+        if reader is threading.main_thread() or not reader.is_alive():
+            # Whoever reads on, in a hook that comes later, must not take it for the
+            # end.
+            lifetime.fail(
+                RuntimeError("the run was ended, since the interpreter exits")
+            )
+        elif reader.daemon:
+            lifetime.fail(SystemExit())  # ends a thread in silence
+        else:
+            read_on.add(lifetime.engine.pool)  # `threading` waits for it
+            continue
+        lifetime.end()
+        lifetime.ended.wait(timeout=10)
+    for pool in {*_state.pools} - read_on:
+        pool.stop()
+
+
+def _after_fork() -> None:
+    """In a fork: release what the parent's runs have, and touch none of it."""
+    global _state
+    for lifetime in _state.open_runs:
+        # Its lock may be held by a thread of the parent.
+        lifetime.ended = threading.Event()
+        lifetime.ended.set()
+        run = lifetime.run()
+        if run is not None:
+            run.results.clear()  # they are to be read in the parent
+    for end in _state.ends:
+        end.close()  # or the parent's workers would not see that it has ended
+    for worker in itertools.chain(*(pool.workers for pool in _state.pools)):
+        if worker.process is not None:
+            worker.process.returncode = 0  # it is no child of this process
+    _inherited.append(_state)
+    _state = _State(max_idle=0)  # a fork may end without any clean-up
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _state.starting.acquire(),
+        after_in_parent=lambda: _state.starting.release(),
+        after_in_child=_after_fork,
+    )
