@@ -991,6 +991,7 @@ def _one_by_one(
         try:
             result = task_func(task)
         except Exception as error:
+            _raise_if_of_handler(error)
             failed = _with_task_note(error, _task_note(number, task))
             if not returns_errors or _leaves_debugger(error):
                 if failed is error:
@@ -2127,6 +2128,7 @@ def _is_pickled_by_default(kind: Any) -> bool:
         for name in (
             *("__new__", "__reduce__", "__reduce_ex__", "__getstate__"),
             *("__getnewargs__", "__getnewargs_ex__", "__setstate__", "__slots__"),
+            *("__getattr__", "__getattribute__"),
         )
     )
 
@@ -2887,12 +2889,17 @@ def begin(sentinel):
     import multiprocessing.connection, pickle, traceback
     connection = getattr(multiprocessing.connection, kind)(end)
     try:
-        module = load(*pickle.loads(connection.recv_bytes()))
-    except Exception as error:
-        packed = None, None, repr(error), traceback.format_exc()
-        connection.send_bytes(broken + pickle.dumps(("a worker cannot start", packed)))
-    else:
-        module._serve(connection, page, sentinel)
+        message = connection.recv_bytes()
+        try:
+            module = load(*pickle.loads(message))
+        except Exception as error:
+            packed = None, None, repr(error), traceback.format_exc()
+            failure = "a worker cannot start", packed
+            connection.send_bytes(broken + pickle.dumps(failure))
+            return
+    except (EOFError, OSError):
+        return  # the program has ended
+    module._serve(connection, page, sentinel)
 class Started:
     _bootstrap = staticmethod(begin)
 """
@@ -2958,6 +2965,7 @@ class _Worker:
         self.page: Any = None  # the numbers of a _Page
         self.patience = -1.0  # seconds for which a message may stall
         self.is_ready = False
+        self.is_warm = False  # the process has had a function
         self.function: Any = None  # that the process has
         self.done = 0  # tasks
         self.start_error: Any = None  # of the process that was started first
@@ -3040,6 +3048,7 @@ class _Worker:
                 goes_on = function.returns_errors
                 continue
             page: Any = None
+            was_warm = self.is_warm
             try:
                 count = job.size - job.begun
                 reply = self.load(function, count)
@@ -3081,7 +3090,7 @@ class _Worker:
             elif page is not None and job.size - begun > 1:
                 job.outcome.append(_UNREADABLE)  # lost as it unpickled them all
                 return True
-            elif failure.ends_run or self.gives_up(function):
+            elif failure.ends_run or self.gives_up(function, was_warm):
                 if function.failures > 1:
                     text = f"; {function.failures} workers in a row were lost like this"
                     failure.error = failure.with_text(text)
@@ -3094,11 +3103,12 @@ class _Worker:
                 function.skip_after = min(function.skip_after, job.number)
         return True
 
-    def gives_up(self, function: _FunctionMessage) -> bool:
+    def gives_up(self, function: _FunctionMessage, was_warm: bool) -> bool:
         """Return whether the run ends, since processes are lost before they begin."""
         function.failures += 1
         has_enough = function.failures >= function.max_failures
-        return not function.was_loaded or (has_enough and not function.at_work)
+        has_no_chance = not (function.was_loaded or was_warm)
+        return has_no_chance or (has_enough and not function.at_work)
 
     def load(self, function: _FunctionMessage, count: int) -> bytes:
         """Have a process that has the function, and may do so many tasks.
@@ -3106,7 +3116,7 @@ class _Worker:
         Return its reply to the function.
         """
         error, self.start_error = self.start_error, None
-        if error is not None:
+        if error is not None and not isinstance(error, EOFError):
             raise error
         if self.process is not None and self.process.poll() is not None:
             self.kill_and_reap()  # it died while it was idle
@@ -3122,7 +3132,7 @@ class _Worker:
         reply = self.receive(function.patience)
         self.is_ready = True
         if reply == _READY:
-            self.function, function.was_loaded = function, True
+            self.function, function.was_loaded, self.is_warm = function, True, True
         elif function.was_loaded:
             raise _BrokenWorkerError(reply)
         return reply
@@ -3224,12 +3234,13 @@ class _Worker:
     def kill_and_reap(self) -> int | None:
         """Kill the process with all that it has started; return its exit code."""
         process, code = self.process, None
-        self.leave()
         if process is not None:
             _kill([process])
             code = process.wait()
+        self.leave()
         self.close(*self.pipe)
-        self.process, self.page, self.is_ready, self.done = None, None, False, 0
+        self.process, self.page, self.done = None, None, 0
+        self.is_ready = self.is_warm = False
         return code
 
     def retire(self) -> None:

@@ -1579,7 +1579,8 @@ def test_nothing_that_is_started_blocks_signals(processes):
 
     Joblib.shutdown()
     before = of_threads()
-    results = processes(blocked, itertools.repeat(None))
+    mask = "(signal := __import__('signal')).pthread_sigmask(signal.SIG_BLOCK, [])"
+    results = processes(eval, itertools.repeat(mask))
     assert next(results) == set()
     new = [mask for path, mask in of_threads().items() if path not in before]
     assert set(new) == {0}
@@ -3215,6 +3216,15 @@ def test_a_worker_that_is_killed_while_idle_is_replaced(fresh, tmp_path, number)
     again = set(setup(meeting(tmp_path, "second")))
     assert len(again) == 2
     assert again & pids == pids - {killed}
+
+
+@pytest.mark.once
+def test_warm_workers_that_die_as_a_run_begins_cost_nothing(fresh, tmp_path):
+    pids = set(Joblib.setup(eval, meeting(tmp_path, "first"), 2, batch_size=1))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    results = list(Joblib.setup(abs, range(6), 2, errors="return"))
+    assert sorted(results) == [*range(6)]
 
 
 SLOW = """
@@ -5639,6 +5649,10 @@ UNREADABLE_CLASSES = {
     "of the program": f"{{'__module__': '__main__', 'a': {BAD_RESULT}}}",
     "of a module": (
         f"{{'__module__': '__main__', 'a': (exec({ONLY_THERE!r}, g := {{}}), g['A'])[1]}}"
+    ),
+    "proxy": (
+        "{'__module__': '__main__', '__init__': lambda self: setattr(self, 'held', 1), "
+        "'__getattr__': lambda self, name: getattr(self.held, name)}"
     ),
     "reduce": "{'__reduce__': lambda self: (int, ('x',))}",
     "state": (
