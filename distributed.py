@@ -85,7 +85,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
 
 if TYPE_CHECKING:
-    # It ships no types, and is mixed into at run time, which no checker could follow.
+    # It ships no types, and those of joblib-stubs lack what backends are written against.
     joblib: Any
 else:
     import joblib
@@ -2647,6 +2647,7 @@ _SEND_EVERY = 0.003
 _MAX_FAILURES = 3
 
 
+# To a type checker, the base may be anything: hence the "ignore".
 class _Resolver(joblib.parallel.ParallelBackendBase):  # type: ignore[misc]
     """A backend by which `joblib.Parallel` finds out what the user has configured."""
 
@@ -3253,7 +3254,7 @@ class _Worker:
 
 
 class _BrokenWorkerError(Exception):
-    """A worker has told that it failed, outside of any task, and leaves."""
+    """A worker has reported that it failed outside of any task, and leaves."""
 
     def __init__(self, reply: bytes) -> None:
         self.what, (_, _, summary, self.text) = pickle.loads(memoryview(reply)[1:])
@@ -3433,7 +3434,7 @@ class _Pool:
     """Workers that serve one run at a time, and may serve several, one after another.
 
     The consumer's thread makes or takes it, and submits to it; the thread that ends the
-    run keeps or stops it, and so do a timer, `shutdown` and the exit.
+    run keeps or stops it, and so do its attendants, `shutdown` and the exit.
     """
 
     def __init__(self, recipe: _Recipe) -> None:
