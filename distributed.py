@@ -1204,7 +1204,7 @@ class _Run:
             self.progress = _Progress(parallel.verbose, self.given_tasks)
         del self.given_tasks
         self.lifetime.begin()
-        with self.lifetime.at_work():
+        with self.lifetime:
             engine.workers = int(engine.effective_n_jobs(parallel.n_jobs))
             if engine.workers == 0:
                 raise RuntimeError(f"{engine.name} has no active worker")
@@ -1217,7 +1217,7 @@ class _Run:
 
     def dispatch(self) -> bool:
         """Draw and send until as much is out as may be. Return whether anything is."""
-        with self.lifetime.at_work():
+        with self.lifetime:
             if self.completed is not None:
                 self.note_completion(self.completed)
             if self.engine.has_changed():
@@ -1290,7 +1290,7 @@ class _Run:
         There may be no results: if it is time to look at the engine, or if tasks are
         sent again.
         """
-        with self.lifetime.at_work():
+        with self.lifetime:
             report = self.wait()
             if report is None:
                 return None
@@ -2140,7 +2140,7 @@ def _share_changeable(values: list[Any]) -> bool:
     """
     most, count = 100 * len(values), 0
     ids: set[int] = set()
-    while (kinds := set(map(type, values))) - _PLAIN:
+    while (kinds := {type(value) for value in values}) - _PLAIN:
         kinds = kinds - _UNCHANGEABLE
         if kinds:
             changeable = [value for value in values if type(value) in kinds]
@@ -2174,7 +2174,7 @@ class _ReplyPickler:
         with contextlib.suppress(Exception):  # not without fail, or nested too deeply
             pickler = _PlainPickler(buffer)
             pickler.dump(results)
-            if not _share_changeable(results):
+            if len(results) == 1 or not _share_changeable(results):
                 if not pickler.classes:
                     return buffer.getvalue()
                 classes = [self.dump(known) for known in pickler.classes]
@@ -2469,7 +2469,8 @@ def _run_tasks(
 def _numbered(tasks: list[Any], begun: int = 0) -> Iterator[tuple[int, Any]]:
     """Return an iterator of the tasks that have not begun, and their numbers."""
     # To make an integer takes longer than to write it to memory.
-    _NUMBERS.extend(range(len(_NUMBERS) + 1, len(tasks) + 1))
+    if len(_NUMBERS) < len(tasks):
+        _NUMBERS.extend(range(len(_NUMBERS) + 1, len(tasks) + 1))
     return zip(
         _NUMBERS[begun:] if begun else _NUMBERS, tasks[begun:] if begun else tasks
     )
@@ -2504,7 +2505,7 @@ class _LoadedFunction:
         """Unpickle the function, if this thread has not; return the reply to that."""
         if not hasattr(self.kept, "task_func"):
             try:
-                with _loading():
+                with _Loading():
                     self.kept.task_func = pickle.loads(self.payload)
             except BaseException as error:
                 what = "task_func cannot be unpickled in a worker"
@@ -2532,7 +2533,7 @@ class _LoadedFunction:
         is_one = message[:1] == _TASK
         try:
             page[_BEGUN] += is_one  # to unpickle it is part of the task
-            with _loading():
+            with _Loading():
                 tasks: Any = pickle.loads(memoryview(message)[1:])
         except BaseException as error:
             if not is_one:
@@ -2569,13 +2570,13 @@ class _LoadedFunction:
             return replies
 
 
-@contextlib.contextmanager
-def _loading() -> Iterator[None]:
-    """Surround what a worker does that may import modules of the program."""
-    _in_thread.is_loading = True
-    try:
-        yield
-    finally:
+class _Loading:
+    """Surrounds what a worker does that may import modules of the program."""
+
+    def __enter__(self) -> None:
+        _in_thread.is_loading = True
+
+    def __exit__(self, *_: object) -> None:
         _in_thread.is_loading = False
 
 
@@ -2698,7 +2699,7 @@ class _Processes(_Engine):
         _pickle_main_by_value()
         self.dump = _make_dump({**_common_reducers(), **self.files.reducers})
         payload = self.pickled_function(run.task_func)
-        settings = payload, run.returns_errors, self.nested()
+        settings: Any = payload, run.returns_errors, {}
         watches = run.returns_errors or run.timeout is not None
         self.function = _FunctionMessage(self.dump((settings, watches), _FUNCTION), run)
         self.files.of_function, self.files.weight = self.files.kept, 0
@@ -2720,8 +2721,7 @@ class _Processes(_Engine):
         self.pool.submit(_Job(self.function, batch, report))
 
     def find_pool(self) -> _Pool:
-        limits = _private(self.backend, "_prepare_worker_env")(n_jobs=self.workers)
-        environment = {**os.environ, **limits}
+        environment = {**os.environ}
         environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
         user_reducers = self.options.get("backward_reducers") or {}
         try:
@@ -2738,13 +2738,19 @@ class _Processes(_Engine):
             raise failure from error
         recipe = _Recipe(
             environment,
+            self.backend.inner_max_num_threads,
             os.getcwd(),
             [*sys.path],
             prepared,
             self.max_tasks,
             self.workers,
         )
-        return _take_pool(recipe) or _Pool(recipe)
+        pool = _take_pool(recipe)
+        if pool is None:
+            # Not for warm workers, since joblib counts cores each time, which is slow.
+            limits = _private(self.backend, "_prepare_worker_env")(n_jobs=self.workers)
+            pool = _Pool(recipe, limits)
+        return pool
 
     def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
         self.files.remove_dropped()
@@ -2848,6 +2854,7 @@ class _Job:
         # Replies; and in the places of others, None (the task was not sent), or a
         # _LostWorker.
         self.outcome: list[Any] = []
+        self.is_stopped = False  # what is left is not run, since the run ends here
 
     def done_with_message(self) -> None:
         self.messages.popleft()
@@ -2876,6 +2883,7 @@ class _Recipe(NamedTuple):
     """How to start the workers of a pool; two that are equal make no difference."""
 
     environment: dict[str, str]
+    inner_threads: int | None  # of libraries, in each worker
     folder: str
     path: list[str]
     prepared: bytes  # an initializer with its arguments, reducers of results, nesting
@@ -2955,6 +2963,7 @@ class _Worker:
 
     def __init__(self, pool: _Pool) -> None:
         self.recipe = pool.recipe
+        self.environment = {**pool.recipe.environment, **pool.limits}
         self.pool = weakref.ref(pool)
         self.stopping = pool.stopping
         self.idle_until = math.inf
@@ -3024,7 +3033,7 @@ class _Worker:
             )
         if not getattr(sys, "frozen", False):
             command.insert(1, "-P")  # no file of the directory hides a module of Python
-        options["env"], options["cwd"] = self.recipe.environment, self.recipe.folder
+        options["env"], options["cwd"] = self.environment, self.recipe.folder
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 
     def start(self, patience: float) -> None:
@@ -3041,67 +3050,81 @@ class _Worker:
         Return False if a process was lost that had begun none of its tasks: then this
         can be called again, also by another attendant.
         """
-        function, goes_on = job.function, True
-        while job.messages and goes_on:
+        function, was_warm = job.function, self.is_warm
+        while job.messages and not job.is_stopped:
             if job.messages[0] is None:
                 job.outcome.append(None)
                 job.done_with_message()
-                goes_on = function.returns_errors
+                job.is_stopped = not function.returns_errors
                 continue
             page: Any = None
-            was_warm = self.is_warm
             try:
-                count = job.size - job.begun
-                reply = self.load(function, count)
+                reply = self.load(function, job.size - job.begun)
                 if reply != _READY:
                     job.outcome.append(_NO_FUNCTION + reply[1:])
-                    return True
-                function.at_work.add(self)
+                    job.is_stopped = True
+                    continue
                 page = self.page
-                page[_BEGUN] = page[_ENDED] = job.begun
-                self.send(job.messages[0])
-                self.done += count
-                while (reply := self.receive(function.limit, page))[:1] == _MORE:
-                    job.outcome.append(reply)
-                if reply[:1] == _BROKEN:
-                    self.kill_and_reap()
-                    if count > 1:
-                        raise _BrokenWorkerError(reply)
-                job.outcome.append(page[_NANOSECONDS] * 1e-9)
-                job.outcome.append(reply)
-                function.failures = 0
-                job.done_with_message()
-                goes_on = reply[:1] == _DONE or (
-                    reply[:1] == _BROKEN and function.returns_errors
-                )
-                continue
+                self.run(job)
             except Exception as error:
                 failure = self.kill_and_explain(error, function, page)
-            finally:
-                function.at_work.discard(self)
-            # The process has ended, so that the numbers are its last.
-            begun, ended, *_ = page or (job.begun, job.begun)
-            if begun > job.begun:
-                job.begun, function.failures = begun, 0
-                lost = _LostWorker(failure, job.first + begun, begun > ended)
-                job.outcome.append(lost)
-                if begun == job.size:
-                    job.done_with_message()
-                goes_on = function.returns_errors and not self.stopping.is_set()
-            elif page is not None and job.size - begun > 1:
-                job.outcome.append(_UNREADABLE)  # lost as it unpickled them all
-                return True
-            elif failure.ends_run or self.gives_up(function, was_warm):
-                if function.failures > 1:
-                    text = f"; {function.failures} workers in a row were lost like this"
-                    failure.error = failure.with_text(text)
-                failure.ends_run, goes_on = True, False
-                job.outcome.append(_LostWorker(failure, job.first + begun, False))
-            else:
-                return False
-            if not goes_on:
-                # No batch behind this one is to begin, since the run ends here.
-                function.skip_after = min(function.skip_after, job.number)
+                if not self.go_on(job, failure, page, was_warm):
+                    return False
+        if job.is_stopped:
+            # No batch behind this one is to begin, since the run ends here.
+            function.skip_after = min(function.skip_after, job.number)
+        return True
+
+    def run(self, job: _Job) -> None:
+        """Have the process run the tasks of the next message."""
+        function, page, count = job.function, self.page, job.size - job.begun
+        page[_BEGUN] = page[_ENDED] = job.begun
+        function.at_work.add(self)
+        try:
+            self.send(cast("bytes", job.messages[0]))
+            self.done += count
+            while (reply := self.receive(function.limit, page))[:1] == _MORE:
+                job.outcome.append(reply)
+        finally:
+            function.at_work.discard(self)
+        kind = reply[:1]
+        if kind == _BROKEN:
+            self.kill_and_reap()
+            if count > 1:
+                raise _BrokenWorkerError(reply)
+        job.outcome += page[_NANOSECONDS] * 1e-9, reply
+        function.failures = 0
+        job.done_with_message()
+        job.is_stopped = kind == _STOPPED or (
+            kind == _BROKEN and not function.returns_errors
+        )
+
+    def go_on(self, job: _Job, failure: _Failure, page: Any, was_warm: bool) -> bool:
+        """Have a job go on behind a process that is lost, or stop.
+
+        There is a *page* if it had been sent tasks. Return False if it had begun none.
+        """
+        function = job.function
+        # The process has ended, so that the numbers are its last.
+        begun, ended, *_ = page or (job.begun, job.begun)
+        if begun > job.begun:
+            job.begun, function.failures = begun, 0
+            lost = _LostWorker(failure, job.first + begun, begun > ended)
+            job.outcome.append(lost)
+            if begun == job.size:
+                job.done_with_message()
+            job.is_stopped = not function.returns_errors or self.stopping.is_set()
+        elif page is not None and job.size - begun > 1:
+            job.outcome.append(_UNREADABLE)  # lost as it unpickled them all
+            job.messages.clear()
+        elif failure.ends_run or self.gives_up(function, was_warm):
+            if function.failures > 1:
+                text = f"; {function.failures} workers in a row were lost like this"
+                failure.error = failure.with_text(text)
+            failure.ends_run = job.is_stopped = True
+            job.outcome.append(_LostWorker(failure, job.first + begun, False))
+        else:
+            return False
         return True
 
     def gives_up(self, function: _FunctionMessage, was_warm: bool) -> bool:
@@ -3349,8 +3372,11 @@ class _Server:
         process.name = f"Worker-{os.getpid()}"
         sys.path[:], sys.argv[:], process.authkey = pickle.loads(self.receive())
         prepared, user_reducers, nested = pickle.loads(self.receive())
-        with joblib.parallel_config(**nested):
+        with joblib.parallel_config(**nested):  # for its life: this takes some time
             self.initialize(prepared)
+            self.answer_all(user_reducers)
+
+    def answer_all(self, user_reducers: dict[Any, Any]) -> None:
         reducers = {**_array_reducers(_reduce_array), **user_reducers}
         self.pickler = _ReplyPickler(reducers)
         self.pickler.page = self.page
@@ -3368,8 +3394,7 @@ class _Server:
                 raise _unpickling_error(what, error) from error
             if messages[0][:1] in (_TASK, _TASKS):
                 start = time.perf_counter_ns()
-                with joblib.parallel_config(**function.config):
-                    reply = function.answer(messages, self.pickler, None, send)
+                reply = function.answer(messages, self.pickler, None, send)
                 self.page[_NANOSECONDS] = time.perf_counter_ns() - start
                 self.reply(reply)
                 continue
@@ -3379,13 +3404,12 @@ class _Server:
                 settings, watches = pickle.loads(memoryview(messages.pop())[1:])
                 function = _LoadedFunction(*settings)
                 send = self.send_some if watches else None
-                with joblib.parallel_config(**function.config):
-                    self.reply(function.load(self.pickler.dump))
+                self.reply(function.load(self.pickler.dump))
                 function.payload = b""
 
     def initialize(self, prepared: bytes) -> None:
         try:
-            with _loading():
+            with _Loading():
                 initializer, initargs = pickle.loads(prepared)
                 if initializer is not None:
                     initializer(*initargs)
@@ -3437,8 +3461,9 @@ class _Pool:
     run keeps or stops it, and so do its attendants, `shutdown` and the exit.
     """
 
-    def __init__(self, recipe: _Recipe) -> None:
+    def __init__(self, recipe: _Recipe, limits: dict[str, str]) -> None:
         self.recipe = recipe
+        self.limits = limits  # of threads of libraries: environment variables
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.workers: list[_Worker] = []
         self.stopping = threading.Event()
@@ -3896,20 +3921,18 @@ class _Lifetime:
         _state.open_runs.add(self)
         _end_all_at_exit(self.pid)
 
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Surround what the consumer's thread does with the engine."""
         if self.pid != os.getpid():
             raise RuntimeError(
                 "a run cannot be read in a fork of the process it is from"
             )
         self.reader, self.is_at_work = threading.current_thread(), True
-        try:
-            yield
-        finally:
-            self.is_at_work = False
-            if self.is_over():  # meanwhile, in another thread
-                self.engine.end(kill=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.is_at_work = False
+        if self.is_over():  # meanwhile, in another thread
+            self.engine.end(kill=True)
 
     def is_over(self) -> bool:
         return self.end_once.locked()
