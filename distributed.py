@@ -1572,6 +1572,9 @@ class _Engine:
         """
         if isinstance(outcome, _Failure):
             return outcome
+        if isinstance(outcome, tuple):  # what `_run_in_thread` has returned
+            batch.results, batch.has_failed, batch.seconds = outcome
+            return None
         for reply in outcome:
             if isinstance(reply, bytes):
                 failure = self.read_reply(batch, reply)
@@ -1655,12 +1658,6 @@ class _Threads(_Engine):
             _start(thread)
         self.jobs.put((report, run.task_func, run.returns_errors, batch.tasks))
 
-    def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
-        if isinstance(outcome, _Failure):
-            return outcome
-        batch.results, batch.has_failed, batch.seconds = outcome
-        return None
-
     def end(self, *, kill: bool) -> None:
         with contextlib.suppress(queue.Empty):
             while True:  # none of these begins
@@ -1726,12 +1723,7 @@ class _Registered(_Engine):
     def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
         if not isinstance(outcome, _Failure):
             (outcome,) = self.backend.retrieve_result_callback(outcome)
-        if self.dump is not None:
-            return super().read(batch, outcome)
-        if isinstance(outcome, _Failure):
-            return outcome
-        batch.results, batch.has_failed, batch.seconds = outcome
-        return None
+        return super().read(batch, outcome)
 
     def end(self, *, kill: bool) -> None:
         if kill:
