@@ -163,14 +163,20 @@ class DistributedBackend(ABC):
         """Release what the backend keeps between runs."""
 
 
-class FailedTask(NamedTuple):
+class FailedTask:
     """What a run with ``errors="return"`` yields in place of a result that is not.
 
     >>> for result in Joblib.setup(int, ["1", "two"], 2, errors="return"):
     ...     if isinstance(result, FailedTask):
     ...         print("failed:", result.number, result.task, repr(result.error)[:11])
     failed: 1 two ValueError(
+
+    It cannot be changed or unpacked, and is equal to itself only. Its `repr` is one
+    line; ``traceback.print_exception(failed.error)`` shows all of the error.
     """
+
+    # Not a dataclass: among rows that are dataclasses, pandas would take it for one more.
+    __match_args__ = ("number", "task", "error")
 
     number: int
     """Of the task, counted from 0."""
@@ -180,6 +186,16 @@ class FailedTask(NamedTuple):
 
     error: Exception
     """What would have ended the run with ``errors="raise"``."""
+
+    def __init__(self, number: int, task: Any, error: Exception) -> None:
+        vars(self).update(number=number, task=task, error=error)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a FailedTask cannot be changed, got {name}={value!r}")
+
+    def __repr__(self) -> str:
+        fields = f"task={_short_repr(self.task)}, error={_short_repr(self.error)}"
+        return f"FailedTask(number={self.number}, {' '.join(fields.split())})"
 
 
 class SingleProcess(DistributedBackend):

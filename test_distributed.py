@@ -13,6 +13,7 @@ import bdb
 import collections
 import contextlib
 import contextvars
+import dataclasses
 import errno
 import functools
 import gc
@@ -3872,9 +3873,100 @@ def test_all_tasks_of_a_batch_may_fail_each_in_its_way(processes):
     failed, others = numbers_of(results)
     assert sorted(failed) == list(range(size - 1))
     assert Counter(others) == Counter(["fine", *range(size)])
-    for number, _, error in (r for r in results if isinstance(r, FailedTask)):
-        assert type(error) is [*kinds, KeyError][number]
-        assert f"Task {number} (counted" in error.__notes__[-1]
+    for failed in (r for r in results if isinstance(r, FailedTask)):
+        assert type(failed.error) is [*kinds, KeyError][failed.number]
+        assert f"Task {failed.number} (counted" in failed.error.__notes__[-1]
+
+
+def failed_task(task, error):
+    """Return the FailedTask of a function that raises *error*."""
+
+    def fail(task):
+        raise error
+
+    (failed,) = Joblib.setup(fail, [task], 2, backend="threading", errors="return")
+    return failed
+
+
+@dataclasses.dataclass
+class Row:
+    a: int
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        list,
+        lambda failed: [a for a, _, _ in [failed]],
+        # As pandas does with rows, if the first is a dataclass.
+        lambda failed: [*map(dataclasses.asdict, [Row(1), failed])],
+    ],
+)
+def test_a_failed_task_cannot_be_taken_for_a_row(use):
+    failed = failed_task((1, 2), ValueError("bad"))
+    with pytest.raises(TypeError, match="FailedTask|asdict"):
+        use(failed)
+
+
+def test_a_failed_task_stays_as_it_is():
+    failed = failed_task([1, 2], ValueError("bad"))
+    with pytest.raises(AttributeError, match="number=5"):
+        failed.number = 5
+    assert failed.number == 0
+    assert failed in {failed}  # though its task is unhashable
+    match failed:
+        case FailedTask(number, task, error):
+            assert (number, task, str(error)) == (0, [1, 2], "bad")
+
+
+def test_a_failed_task_is_copied_and_pickled(program):
+    process = program("""
+        import copy, pickle
+        from yourpackage.distributed import FailedTask, Joblib
+
+        (failed,) = Joblib.setup(int, ["bad"], 2, errors="return")
+        copies = [pickle.loads(pickle.dumps(failed)), copy.deepcopy(failed)]
+        for copied in *copies, *Joblib.setup(lambda failed: failed, [failed], 2):
+            assert type(copied) is FailedTask
+            assert copied is not failed
+            assert (copied.number, copied.task) == (0, "bad")
+            assert repr(copied) == repr(failed)
+            assert copied.error.__notes__ == ["Task 0 (counted from 0): 'bad'"]
+    """)
+    assert output_of(process) == ""
+
+
+class Lines(Exception):
+    def __repr__(self):
+        return "Lines(\n    1,\n)"
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "shown"),
+    [
+        (3, ValueError("bad"), "task=3, error=ValueError('bad')"),
+        (3, ValueError("a\nb"), r"task=3, error=ValueError('a\nb')"),
+        (numpy.eye(2), Lines(), "task=array([[1., 0.], [0., 1.]]), error=Lines( 1, )"),
+        (range(5), Lines(), "task=range(0, 5), error=Lines( 1, )"),
+    ],
+)
+def test_a_failed_task_is_shown_in_one_line(task, error, shown):
+    assert repr(failed_task(task, error)) == f"FailedTask(number=0, {shown})"
+    assert str(failed_task(task, error)) == f"FailedTask(number=0, {shown})"
+
+
+def test_a_failed_task_is_shown_in_a_short_line():
+    line = repr(failed_task("x" * 9999, ValueError("y\n" * 9999)))
+    assert len(line) < 600
+    assert "\n" not in line
+
+
+def test_the_error_of_a_failed_task_shows_all():
+    tasks = [value(0), raising("ValueError('a\\nb')")]
+    *_, failed = Joblib.setup(run, tasks, 2, errors="return", return_as="generator")
+    shown = "".join(traceback.format_exception(failed.error))
+    for text in ("ValueError: a\nb", "Task 1 (counted from 0)", "<lambda>"):
+        assert text in shown
 
 
 class Mute(Exception):
