@@ -82,7 +82,17 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 if TYPE_CHECKING:
     # It ships no types, and those of joblib-stubs lack what backends are written against.
@@ -205,8 +215,30 @@ class SingleProcess(DistributedBackend):
     execution.
     """
 
+    @overload
     @staticmethod
     def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterable[T],
+        num_workers: int | None = None,
+        *,
+        return_tasks: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Generator[R, None, None]: ...
+    @overload
+    @staticmethod
+    def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterable[T],
+        num_workers: int | None = None,
+        *,
+        return_tasks: Literal[True],
+        **kwargs: Any,
+    ) -> Generator[tuple[T, R], None, None]: ...
+
+    # To a checker this returns too little; the overloads say what may come.
+    @staticmethod
+    def setup(  # pyright: ignore[reportInconsistentOverload]
         task_func: Callable[[T], R],
         tasks: Iterable[T],
         num_workers: int | None = None,
@@ -246,19 +278,25 @@ class SingleProcess(DistributedBackend):
         num_workers : None, optional
             Ignored.
         **kwargs
-            Ignored, so that the options of `Joblib` can stay in place while debugging:
-            ``errors="return"``, too, since one debugs to see errors.
+            Ignored but for *return_tasks*, so that the options of `Joblib` can stay in
+            place while debugging: ``errors="return"``, too, since one debugs to see
+            errors.
+
+            return_tasks : bool, default False
+                Yield pairs ``(task, result)``.
 
         Returns
         -------
         Generator[R, None, None]
-            Yields the results in the order of the tasks.
+            Yields the results in the order of the tasks; pairs with *return_tasks*.
 
         Raises
         ------
         TypeError
             At once, if *task_func* cannot be called with one argument, or *tasks* is
             not iterable.
+        ValueError
+            At once, if *return_tasks* is not a bool.
         Exception
             From the generator: what *task_func* raised, with a note that tells the
             number of the task and shows it.
@@ -266,7 +304,9 @@ class SingleProcess(DistributedBackend):
             From the generator, if *task_func* raises `StopIteration`, which becomes its
             cause: out of a generator it would look like the end of the results.
         """
-        return _one_by_one(*_checked(task_func, tasks))
+        returns_tasks = kwargs.get("return_tasks", False)
+        _check_option("return_tasks", returns_tasks)
+        return _one_by_one(*_checked(task_func, tasks), returns_tasks=returns_tasks)
 
     @staticmethod
     def shutdown(*args: Any, **kwargs: Any) -> None:
@@ -274,6 +314,32 @@ class SingleProcess(DistributedBackend):
 
         >>> SingleProcess.shutdown()
         """
+
+
+# Options of `Joblib.setup` for type checkers, but *errors* and *return_tasks*. Of those
+# that only one engine has, they know those of joblib and Ray.
+_Options = TypedDict(
+    "_Options",
+    {
+        "backend": str | Any,  # an instance: joblib has no types
+        "return_as": Literal["generator_unordered", "generator"],
+        "timeout": float | None,
+        "maxtasksperchild": int | None,
+        "batch_size": int | Literal["auto"],
+        "pre_dispatch": int | str,
+        "initializer": Callable[..., object] | None,
+        "initargs": tuple[Any, ...],
+        "idle_worker_timeout": float | None,
+        "verbose": float,
+        "max_nbytes": float | str | None,
+        "mmap_mode": Literal["r", "r+", "w+", "c"] | None,
+        "temp_folder": str | os.PathLike[str] | None,
+        "prefer": Literal["processes", "threads"] | None,
+        "require": Literal["sharedmem"] | None,
+        "ray_remote_args": dict[str, Any] | None,
+    },
+    total=False,
+)
 
 
 class Joblib(DistributedBackend):
@@ -396,6 +462,18 @@ class Joblib(DistributedBackend):
     - A `KeyboardInterrupt` or `SystemExit` that *tasks* raises is raised at once.
     """
 
+    # The interface takes any option.
+    @overload  # type: ignore[override]
+    @staticmethod
+    def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterable[T],
+        num_workers: int | None = None,
+        *,
+        errors: Literal["raise"] = "raise",
+        return_tasks: Literal[False] = False,
+        **kwargs: Unpack[_Options],
+    ) -> Generator[R, None, None]: ...
     @overload
     @staticmethod
     def setup(
@@ -404,7 +482,8 @@ class Joblib(DistributedBackend):
         num_workers: int | None = None,
         *,
         errors: Literal["return"],
-        **kwargs: Any,
+        return_tasks: Literal[False] = False,
+        **kwargs: Unpack[_Options],
     ) -> Generator[R | FailedTask, None, None]: ...
     @overload
     @staticmethod
@@ -412,8 +491,22 @@ class Joblib(DistributedBackend):
         task_func: Callable[[T], R],
         tasks: Iterable[T],
         num_workers: int | None = None,
-        **kwargs: Any,
-    ) -> Generator[R, None, None]: ...
+        *,
+        errors: Literal["raise"] = "raise",
+        return_tasks: Literal[True],
+        **kwargs: Unpack[_Options],
+    ) -> Generator[tuple[T, R], None, None]: ...
+    @overload
+    @staticmethod
+    def setup(
+        task_func: Callable[[T], R],
+        tasks: Iterable[T],
+        num_workers: int | None = None,
+        *,
+        errors: Literal["return"],
+        return_tasks: Literal[True],
+        **kwargs: Unpack[_Options],
+    ) -> Generator[tuple[T, R | FailedTask], None, None]: ...
 
     # To a checker this returns too little; the overloads say what may come.
     @staticmethod
@@ -431,6 +524,9 @@ class Joblib(DistributedBackend):
         [1, 2, 3]
         >>> list(Joblib.setup(abs, [-3, -1, -2], num_workers=2, return_as="generator"))
         [3, 1, 2]
+        >>> for task, result in Joblib.setup(abs, [-3], return_tasks=True):
+        ...     print(task, result)
+        -3 3
 
         An error of a task is raised where its result would have been:
 
@@ -476,6 +572,10 @@ class Joblib(DistributedBackend):
                 Results as they complete, which is the default, or in the order of the
                 tasks. In order, a task that takes long keeps workers idle once
                 *pre_dispatch* batches are out.
+            return_tasks : bool, default False
+                Yield pairs ``(task, result)``, in which *task* is the object that was
+                drawn: nothing is sent for it. With ``errors="return"``, the result may
+                be a `FailedTask`.
             errors : {"raise", "return"}
                 "return": where a task has no result, yield a `FailedTask` in its place
                 and go on. The other tasks of its batch are run all the same. A worker
@@ -532,7 +632,9 @@ class Joblib(DistributedBackend):
                 As in joblib.
 
             Also what else the backend takes from `joblib.Parallel`, such as
-            ``idle_worker_timeout`` (seconds, default 300). What its constructor takes
+            ``idle_worker_timeout`` (seconds, default 300). Type checkers know those of
+            joblib and Ray, and accept others from a dictionary that is annotated:
+            ``options: dict[str, Any] = {...}``. What the backend's constructor takes
             goes into a ``joblib.parallel_config(backend=..., ...)`` around the call.
             One that is open when `setup` is called is honoured; neither it nor a
             backend passed in is changed.
@@ -540,8 +642,8 @@ class Joblib(DistributedBackend):
         Returns
         -------
         Generator[R, None, None]
-            Yields the results. Like any generator, it can be read by several threads,
-            but only by one at a time.
+            Yields the results; pairs with *return_tasks*. Like any generator, it can be
+            read by several threads, but only by one at a time.
 
         Raises
         ------
@@ -592,7 +694,9 @@ def get_backend(backend_name: Literal["single_process"]) -> SingleProcess: ...
 @overload
 def get_backend(backend_name: Literal["joblib"]) -> Joblib: ...
 @overload
-def get_backend(backend_name: str) -> SingleProcess | Joblib: ...
+def get_backend(
+    backend_name: Literal["single_process", "joblib"],
+) -> SingleProcess | Joblib: ...
 def get_backend(backend_name: str) -> DistributedBackend:
     """Return a backend by its name.
 
@@ -744,6 +848,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
         "'generator_unordered' or 'generator' (to have a list, use list(...))",
         lambda value: value in ("generator_unordered", "generator"),
     ),
+    "return_tasks": ("True or False", lambda value: isinstance(value, bool)),
     "temp_folder": (
         "a path or None",
         lambda value: value is None or isinstance(value, (str, os.PathLike)),
@@ -783,12 +888,19 @@ def _option_names(kind: Any, more: frozenset[str]) -> Any:
         parameters = inspect.signature(function).parameters.values()
         return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
 
-    taken = names(joblib.Parallel) | names(kind.configure) | more | {"errors"}
+    own = {"errors", "return_tasks"}
+    taken = names(joblib.Parallel) | names(kind.configure) | more | own
     nothing = object  # which takes no arguments
     makers = (vars(base).get("__init__", nothing) for base in kind.__mro__[:-1])
     made_with = set().union(*map(names, makers))
     internal = {"self", "n_jobs", "parallel", "nesting_level", "args", "kwargs"}
     return frozenset(taken - internal), frozenset(made_with - taken - internal)
+
+
+def _check_option(name: str, value: Any) -> None:
+    expected, is_valid = _CHECKS.get(name, ("", lambda value: True))
+    if not is_valid(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
@@ -818,9 +930,7 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
             expected = "".join(f"did you mean {word!r}? " for word in near)
             expected += f"Expected one of {', '.join(map(repr, usual))}"
             raise TypeError(f"unknown option {name}={value!r}: {expected}")
-        expected, is_valid = _CHECKS.get(name, ("", lambda value: True))
-        if not is_valid(value):
-            raise ValueError(f"{name} must be {expected}, got {value!r}")
+        _check_option(name, value)
     # The number of workers may not be known yet: 64 stands for it.
     _count_of_batches(options.get("pre_dispatch", "all"), n_jobs if n_jobs > 1 else 64)
     shares_memory = getattr(backend, "supports_sharedmem", False)
@@ -998,9 +1108,11 @@ def _one_by_one(
     progress: _Progress | None = None,
     *,
     returns_errors: bool = False,
+    returns_tasks: bool = False,
 ) -> Generator[Any, None, None]:
     """Yield results like `map`, but a StopIteration of *task_func* is an error."""
     counter = itertools.count()
+    has_extras = returns_tasks or progress is not None
     result: Any
     for task in tasks:
         number = next(counter)  # enumerate() would keep a reference to the task
@@ -1015,8 +1127,10 @@ def _one_by_one(
                 raise failed from error
             result = FailedTask(number, task, failed)
             del failed
-        if progress is not None:
-            progress.add(1)
+        if has_extras:
+            result = (task, result) if returns_tasks else result
+            if progress is not None:
+                progress.add(1)
         del task  # keep no reference while the next one is drawn and run
         yield result
         del result
@@ -1194,6 +1308,7 @@ class _Run:
         _check_options(options, backend, n_jobs)
         self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
         self.returns_errors = options.pop("errors", None) == "return"
+        self.returns_tasks = options.pop("return_tasks", False)
         self.timeout: float | None = options.pop("timeout", None)
         self.max_tasks: int | None = options.pop("maxtasksperchild", None)
         self.engine = _engine_class(backend)(backend)
@@ -1325,6 +1440,8 @@ class _Run:
                 self.send(batch)
                 return None
             results, error_of_run = self.to_yield(batch, failure)
+            if self.returns_tasks:
+                results = list(zip(batch.tasks, results, strict=False))
             self.completed, self.lifetime.is_busy = batch, bool(self.out)
         results.reverse()
         self.results = results
@@ -1426,6 +1543,7 @@ def _results(run: _Run) -> Generator[Any, None, None]:
                 run.tasks,
                 run.progress,
                 returns_errors=run.returns_errors,
+                returns_tasks=run.returns_tasks,
             )
             return
         with run.engine.reading():

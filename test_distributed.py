@@ -207,6 +207,11 @@ def by_value(cls):
     return names[cls.__name__]
 
 
+def by_value_of(function):
+    """Return the function as if it were of the program: it travels by value."""
+    return types.FunctionType(function.__code__, {"__name__": "__main__"})
+
+
 # A function that takes expressions, and other tasks as they are; it travels by value.
 run = lambda task: eval(task, {}) if isinstance(task, str) else repr(task)
 
@@ -728,7 +733,10 @@ def sequential(*arguments, **options):
         (sequential, "return"),
     ],
 )
-def test_neither_task_nor_result_is_held_while_the_next_is_computed(engine, errors):
+@pytest.mark.parametrize("return_tasks", [False, True])
+def test_neither_task_nor_result_is_held_while_the_next_is_computed(
+    engine, errors, return_tasks
+):
     tasks, results, counts = weakref.WeakSet(), weakref.WeakSet(), []
 
     def made(kept):
@@ -741,7 +749,8 @@ def test_neither_task_nor_result_is_held_while_the_next_is_computed(engine, erro
         return made(results)
 
     drawn = (made(tasks) for _ in range(9))
-    collections.deque(engine(function, drawn, errors=errors), maxlen=0)
+    options = {"errors": errors, "return_tasks": return_tasks}
+    collections.deque(engine(function, drawn, **options), maxlen=0)
     assert counts == [(1, 0)] * 9
 
 
@@ -5501,6 +5510,89 @@ def test_results_in_order(setup, tmp_path):
     assert list(setup(eval, tasks, return_as="generator", batch_size=1)) == list(
         range(20)
     )
+
+
+class SentAsANumber:
+    """A task of which nothing but a number travels."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __int__(self):  # where it does not travel
+        return self.number
+
+    def __reduce__(self):
+        return int, (self.number,)
+
+
+def number_of(task):
+    if int(task) % 5 == 3:
+        raise ValueError(int(task))
+    return int(task)
+
+
+@pytest.mark.alike
+@pytest.mark.parametrize(
+    ("return_as", "batch_size"), [("generator", 4), ("generator_unordered", "auto")]
+)
+def test_results_are_returned_with_the_tasks_that_were_drawn(
+    setup, return_as, batch_size
+):
+    tasks = [SentAsANumber(number) for number in range(0, 15, 5)]
+    tasks += [SentAsANumber(number) for number in range(0, 15, 5)]
+    options = {"return_as": return_as, "batch_size": batch_size, "return_tasks": True}
+    pairs = list(setup(by_value_of(number_of), iter(tasks), **options))
+    assert all(type(pair) is tuple for pair in pairs)
+    assert [result for _, result in pairs] == [task.number for task, _ in pairs]
+    drawn = [task for task, _ in pairs]
+    assert return_as == "generator_unordered" or drawn == tasks
+    assert set(drawn) == set(tasks)  # they are equal to themselves only
+
+
+@pytest.mark.alike
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_failed_tasks_are_returned_with_the_tasks_that_were_drawn(setup, batch_size):
+    tasks = [SentAsANumber(number) for number in range(12)]
+    options = {"batch_size": batch_size, "errors": "return", "return_tasks": True}
+    pairs = list(setup(by_value_of(number_of), iter(tasks), **options))
+    assert {task for task, _ in pairs} == set(tasks)
+    for task, result in pairs:
+        if task.number % 5 == 3:
+            assert type(result) is FailedTask
+            assert result.task is task
+            assert result.number == task.number
+        else:
+            assert result == task.number
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_tasks_that_end_their_worker_are_returned_as_they_were_drawn(
+    processes, batch_size
+):
+    tasks = [value(number) for number in range(12)]
+    tasks[5] = EXIT
+    tasks[7] = CannotBePickled()
+    options = {"batch_size": batch_size, "errors": "return", "return_tasks": True}
+    pairs = list(processes(run, iter(tasks), return_as="generator", **options))
+    assert all(pair[0] is task for pair, task in zip(pairs, tasks, strict=True))
+    failed, fine = numbers_of(result for _, result in pairs)
+    assert set(failed) >= {5, 7}
+    assert {*failed, *fine} == set(range(12))
+
+
+def test_results_before_an_error_are_returned_with_their_tasks(any_setup):
+    tasks = [value(0), value(1), raising("KeyError()"), value(3)]
+    received, error = collect(any_setup(run, tasks, return_tasks=True), KeyError)
+    assert received == [(tasks[0], 0), (tasks[1], 1)]
+    assert error is not None
+
+
+@pytest.mark.parametrize("setup", [SingleProcess.setup, Joblib.setup])
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_return_tasks_must_be_one_of_two(setup, value):
+    message = f"return_tasks must be True or False, got {value!r}"
+    with pytest.raises(ValueError, match=message):
+        setup(abs, [1], return_tasks=value)
 
 
 def test_sizes_of_batches():
