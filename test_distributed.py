@@ -754,6 +754,128 @@ def test_neither_task_nor_result_is_held_while_the_next_is_computed(
     assert counts == [(1, 0)] * 9
 
 
+# What a type checker is to flag in it, and no more, is marked.
+CHECKED = """
+import functools, os
+from collections.abc import Generator
+from typing import Any, Literal, assert_type
+from yourpackage.distributed import FailedTask, Joblib, SingleProcess, get_backend
+
+def text(task: int) -> str:
+    return str(task)
+
+Texts = Generator[str, None, None]
+TextsOrFailures = Generator[str | FailedTask, None, None]
+Pairs = Generator[tuple[int, str], None, None]
+PairsOrFailures = Generator[tuple[int, str | FailedTask], None, None]
+
+backend = get_backend("joblib")
+assert_type(backend, Joblib)
+assert_type(backend.setup(text, [1]), Texts)
+assert_type(backend.setup(text, iter([1]), 2, errors="raise", timeout=3), Texts)
+assert_type(backend.setup(text, [1], return_tasks=False), Texts)
+assert_type(backend.setup(text, [1], errors="return", verbose=5), TextsOrFailures)
+assert_type(backend.setup(text, [1], return_tasks=True, batch_size=1), Pairs)
+assert_type(backend.setup(text, [1], errors="raise", return_tasks=True), Pairs)
+both = backend.setup(text, [1], 2, errors="return", return_tasks=True, timeout=3)
+assert_type(both, PairsOrFailures)
+for task, result in both:
+    result.upper()  # flagged: it may be a FailedTask
+    if not isinstance(result, FailedTask):
+        result.upper()
+
+def choose(errors: Literal["raise", "return"]) -> None:
+    for result in Joblib.setup(text, [1], errors=errors):
+        assert_type(result, str | FailedTask)
+
+single = get_backend("single_process")
+assert_type(single, SingleProcess)
+assert_type(single.setup(text, [1], 2, errors="return", timeout=3), Texts)
+assert_type(single.setup(text, [1], 2, return_tasks=True, timeout=3), Pairs)
+either = get_backend("single_process" if "DEBUG" in os.environ else "joblib")
+for result in either.setup(text, [1], 2, timeout=3):
+    assert_type(result, str)
+get_backend("Joblib")  # flagged
+
+all_options = backend.setup(
+    text,
+    [1],
+    backend="loky",
+    return_as="generator",
+    timeout=None,
+    maxtasksperchild=5,
+    batch_size="auto",
+    pre_dispatch="2 * n_jobs",
+    initializer=exec,
+    initargs=("pass",),
+    idle_worker_timeout=60,
+    verbose=0,
+    max_nbytes="1M",
+    mmap_mode="c",
+    temp_folder=os.curdir,
+    prefer="processes",
+    require=None,
+)
+backend.setup(text, [1], backend="ray", ray_remote_args={"max_restarts": 0})
+backend.setup(text, [1], tiemout=3)  # flagged
+backend.setup(text, [1], errors="return", tiemout=3)  # flagged
+backend.setup(text, [1], return_tasks=True, tiemout=3)  # flagged
+backend.setup(text, [1], errors="return", return_tasks=True, tiemout=3)  # flagged
+either.setup(text, [1], tiemout=3)  # flagged
+backend.setup(text, [1], return_as="list")  # flagged
+backend.setup(text, [1], errors="ignore")  # flagged
+backend.setup(text, [1], return_tasks="yes")  # flagged
+single.setup(text, [1], return_tasks="yes")  # flagged
+backend.setup(text, [1], timeout="3")  # flagged
+backend.setup(text, [1], batch_size="all")  # flagged
+backend.setup(text, [1], n_jobs=2)  # flagged
+backend.setup(text, ["1"])  # flagged
+backend.setup(text, [1], option_of_a_third_party=5)  # flagged
+
+options: dict[str, Any] = {"option_of_a_third_party": 5, "errors": "return"}
+backend.setup(text, [1], 2, **options)
+assert_type(backend.setup(text, [1], 2, errors="return", return_tasks=True, **options), PairsOrFailures)
+ordered = functools.partial(Joblib.setup, num_workers=2, return_as="generator")
+for result in ordered(text, [1]):
+    print(result)
+
+failed = FailedTask(1, "task", ValueError())
+match failed:
+    case FailedTask(number, task, error):
+        assert_type(number, int)
+        assert_type(error, Exception)
+number, task, error = failed  # flagged
+"""
+
+
+@pytest.mark.types
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_at_their_defaults_flag_mistakes_and_nothing_else(
+    program, tmp_path, checker
+):
+    program("")  # for the package beside it
+    files = {"checked.py": CHECKED}
+    files |= {f"example_{n}.py": source for n, (source, _) in enumerate(EXAMPLES)}
+    for name, source in files.items():
+        (tmp_path / name).write_text(source)
+    command = [sys.executable, "-m", checker, *files]
+    output = subprocess.run(
+        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, check=False
+    ).stdout
+    error = r"(\w+\.py):(\d+):(?:\d+ -)? error: (.*)"
+    # What they find out of others, and of an attribute that the example adds to a module.
+    of_others = r"[Ii]mport|dashboard_address|connection_of_worker"
+    flagged = {
+        (name, int(line))
+        for name, line, message in re.findall(error, output)
+        if name == "checked.py" or not re.search(of_others, message)
+    }
+    lines = enumerate(CHECKED.splitlines(), 1)
+    expected = {("checked.py", number) for number, line in lines if "# flagged" in line}
+    assert flagged == expected, output
+
+
 # ------------------------------------------------------------------------------------------------
 # Lazy
 
