@@ -8108,6 +8108,16 @@ EXAMPLES = re.findall(
 )
 
 
+@once
+def test_what_the_tests_need_is_named():
+    command = [sys.executable, "-m", "pytest", "-p", "no:timeout", "-k", "test_lazy"]
+    process = subprocess.run(
+        command, cwd=FILE.parent, text=True, capture_output=True, check=False
+    )
+    assert process.stderr.strip() == "ERROR: Missing required plugins: pytest-timeout"
+    assert process.stdout == ""
+
+
 def uses_a_cluster(source):
     return "dask" in source
 
