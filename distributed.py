@@ -3139,6 +3139,7 @@ class _Worker:
         _private(multiprocessing.process.BaseProcess, "_bootstrap")
         reader = self.pipe[0].fileno()
         options: dict[str, Any] = {}
+        job = _new_job_object(page.name) if sys.platform == "win32" else None
         if sys.platform == "win32":
             reader = importlib.import_module("msvcrt").get_osfhandle(reader)
             os.set_handle_inheritable(theirs.fileno(), True)
@@ -3160,7 +3161,9 @@ class _Worker:
         if not getattr(sys, "frozen", False):
             command.insert(1, "-P")  # no file of the directory hides a module of Python
         options["env"], options["cwd"] = self.environment, self.recipe.folder
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+        process: Any = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+        process.job = job
+        return process
 
     def start(self, patience: float) -> None:
         """Start a process, and wait until it is ready."""
@@ -3465,6 +3468,8 @@ def _serve(connection: Any, page_name: Any, sentinel: Any) -> None:
     # An interrupt is for the program: it ends the run, and so this process.
     signal.signal(signal.SIGINT, lambda *_: None)
     try:
+        if sys.platform == "win32":
+            _join_job_object(page_name)
         _Server(connection, page).serve()
     except _ProgramEnded:
         pass
@@ -3731,18 +3736,58 @@ def _stop_idle_pools(most: int = 0) -> None:
             _state.idle_pools.pop(0).stop()
 
 
-def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+# What a session is on Windows: a job object of each worker, which all that it starts is
+# in. Windows kills that when the last handle is closed. The program has the only one, so
+# that nothing survives it, in whatever way it ends. The worker joins by the name of the
+# job, since what was started may be the launcher of a venv, whose child is the worker.
+
+
+def _new_job_object(name: str) -> Any:
+    """Return a handle of a job object, which is closed when nobody refers to it."""
+    job = _call_windows("CreateJobObjectW", None, f"job of {name}")
+    handle = type(job)(job.value)
+    # Not at once: another thread may be about to use it, and it may be given out again.
+    weakref.finalize(job, _call_windows, "CloseHandle", handle).atexit = False
+    # Limits, as JOBOBJECT_EXTENDED_LIMIT_INFORMATION: KILL_ON_JOB_CLOSE, BREAKAWAY_OK
+    limits = struct.pack("QQLPPLPLL6Q4P", 0, 0, 0x2000 | 0x0800, *[0] * 16)
+    _call_windows("SetInformationJobObject", job, 9, limits, len(limits))
+    return job
+
+
+def _join_job_object(name: str) -> None:
+    """Have this process, and all that it starts, be in the job object of a worker."""
+    job = _call_windows("OpenJobObjectW", 1, False, f"job of {name}")  # to assign
+    process = _call_windows("GetCurrentProcess")
+    _call_windows("AssignProcessToJobObject", job, process)
+    _call_windows("CloseHandle", job)
+
+
+def _call_windows(name: str, *arguments: Any) -> Any:
+    """Call a function of Windows; return its result, or raise an error if it is 0."""
+    ctypes = importlib.import_module("ctypes")
+    library = ctypes.WinDLL("kernel32", use_last_error=True)
+    result = getattr(library, name)(*arguments)
+    if not result:
+        reason = ctypes.FormatError(ctypes.get_last_error())
+        raise OSError(0, f"{name}, which is needed to end workers: {reason}")
+    return ctypes.c_void_p(result)  # it may be a handle
+
+
+def _kill(processes: list[Any]) -> None:
     """Kill processes, and all that they have started, also if they have ended.
 
     Each leads a session, and what has a session of its own goes on. On Linux, a session
     is found though it has several process groups; elsewhere, only the first group is.
+    On Windows, a job object is all of that.
     """
-    if os.name != "posix":
+    if sys.platform == "win32":
         for process in processes:
-            command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
-            quiet = subprocess.DEVNULL
-            subprocess.run(command, check=False, stdout=quiet, stderr=quiet)
-            process.kill()
+            # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION, with TotalProcesses at 9
+            counts = (importlib.import_module("ctypes").c_uint32 * 12)()
+            _call_windows("QueryInformationJobObject", process.job, 1, counts, 48, None)
+            _call_windows("TerminateJobObject", process.job, 1)
+            if not counts[9]:  # the worker has not joined yet
+                process.kill()
         return
     leaders = {process.pid for process in processes if not _is_reused(process)}
     for pid in leaders:
