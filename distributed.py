@@ -3431,6 +3431,7 @@ def _attend(
             job = jobs.get(timeout=seconds)
         except queue.Empty:
             worker.forget()
+            _remove_folders()
             if time.monotonic() > worker.idle_until:
                 _stop_if_idle(worker.pool)
             continue
@@ -3734,6 +3735,7 @@ def _stop_idle_pools(most: int = 0) -> None:
     while len(_state.idle_pools) > most:
         with contextlib.suppress(IndexError):  # another thread has taken it
             _state.idle_pools.pop(0).stop()
+    _remove_folders()
 
 
 # What a session is on Windows: a job object of each worker, which all that it starts is
@@ -3743,11 +3745,9 @@ def _stop_idle_pools(most: int = 0) -> None:
 
 
 def _new_job_object(name: str) -> Any:
-    """Return a handle of a job object, which is closed when nobody refers to it."""
     job = _call_windows("CreateJobObjectW", None, f"job of {name}")
-    handle = type(job)(job.value)
-    # Not at once: another thread may be about to use it, and it may be given out again.
-    weakref.finalize(job, _call_windows, "CloseHandle", handle).atexit = False
+    # No earlier: another thread may be about to use it, and handles are used again.
+    weakref.finalize(job, _call_windows, "CloseHandle", job.value).atexit = False
     # Limits, as JOBOBJECT_EXTENDED_LIMIT_INFORMATION: KILL_ON_JOB_CLOSE, BREAKAWAY_OK
     limits = struct.pack("QQLPPLPLL6Q4P", 0, 0, 0x2000 | 0x0800, *[0] * 16)
     _call_windows("SetInformationJobObject", job, 9, limits, len(limits))
@@ -3755,22 +3755,19 @@ def _new_job_object(name: str) -> Any:
 
 
 def _join_job_object(name: str) -> None:
-    """Have this process, and all that it starts, be in the job object of a worker."""
     job = _call_windows("OpenJobObjectW", 1, False, f"job of {name}")  # to assign
-    process = _call_windows("GetCurrentProcess")
-    _call_windows("AssignProcessToJobObject", job, process)
+    _call_windows("AssignProcessToJobObject", job, _call_windows("GetCurrentProcess"))
     _call_windows("CloseHandle", job)
 
 
 def _call_windows(name: str, *arguments: Any) -> Any:
     """Call a function of Windows; return its result, or raise an error if it is 0."""
     ctypes = importlib.import_module("ctypes")
-    library = ctypes.WinDLL("kernel32", use_last_error=True)
-    result = getattr(library, name)(*arguments)
-    if not result:
-        reason = ctypes.FormatError(ctypes.get_last_error())
-        raise OSError(0, f"{name}, which is needed to end workers: {reason}")
-    return ctypes.c_void_p(result)  # it may be a handle
+    function = getattr(ctypes.WinDLL("kernel32", use_last_error=True), name)
+    if result := function(*arguments):
+        return ctypes.c_void_p(result)  # it may be a handle
+    reason = ctypes.FormatError(ctypes.get_last_error())
+    raise RuntimeError(f"{name}, which is needed to end workers, has failed: {reason}")
 
 
 def _kill(processes: list[Any]) -> None:
@@ -4006,15 +4003,19 @@ class _ArrayFiles:
 
     def remove_dropped(self) -> None:
         """Remove the files of arrays that are no more."""
-        while self.dropped:
+        for _ in range(len(self.dropped)):
             self.remove(self.dropped.popleft())
 
     def remove(self, reference: _ArrayReference) -> None:
         if self.files.get(reference.key) is reference:
             del self.files[reference.key]
         if self.pid == os.getpid():
-            with contextlib.suppress(OSError):  # Windows, where a worker maps it
+            try:
                 os.unlink(reference.file)
+            except PermissionError:  # on Windows, while a worker maps it
+                self.dropped.append(reference)
+            except OSError:
+                pass
 
     def close(self) -> None:
         """Remove all files."""
@@ -4022,9 +4023,21 @@ class _ArrayFiles:
         self.files.clear()
         folder, self.folder = self.folder, None
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            if self.is_tracked:
-                _loky("backend.resource_tracker").unregister(folder, "folder")
+            _state.folders[folder] = self.is_tracked
+        _remove_folders()
+
+
+def _remove_folders() -> None:
+    """Remove the folders of runs that have ended.
+
+    On Windows, files that are mapped stay. So this is called again when idle workers
+    have had the time to forget, and when workers have left.
+    """
+    for folder in [*_state.folders]:
+        shutil.rmtree(folder, ignore_errors=True)
+        # Several threads may come here, and the tracker is to be told once.
+        if not os.path.exists(folder) and _state.folders.pop(folder, False):
+            _loky("backend.resource_tracker").unregister(folder, "folder")
 
 
 class _ArrayReference(weakref.ref[Any]):
@@ -4057,6 +4070,7 @@ class _State:
         self.pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all
         self.idle_pools: list[_Pool] = []  # only changed by atomic calls: has no lock
         self.max_idle = max_idle
+        self.folders: dict[str, bool] = {}  # to be removed; the tracker knows of those
         # All starts of processes hold this, and forks wait for it: a fork in the middle
         # of one would hold the worker's end of a connection open.
         self.starting = threading.RLock()
@@ -4204,6 +4218,7 @@ def _at_exit(pid: int) -> None:
         lifetime.ended.wait(timeout=10)
     for pool in {*_state.pools} - read_on:
         pool.stop()
+    _remove_folders()
 
 
 def _after_fork() -> None:
