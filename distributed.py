@@ -3922,7 +3922,8 @@ def _is_current(root: Any) -> bool:
         size: int = root.base.size()
         with contextlib.suppress(OSError):  # this is not Linux, say
             return os.readlink(f"/proc/self/map_files/{start:x}-{end:x}") == file
-        return os.path.getsize(file) == size
+        with open(file, "rb") as current:  # Windows may not let others open it
+            return os.fstat(current.fileno()).st_size == size
     except (OSError, TypeError):  # it has no name
         return False
 
