@@ -1098,8 +1098,17 @@ _MAX_BATCH_SIZE = 8192
 _MAX_BATCH_BYTES = 8_000_000
 
 # Seconds after which a wait looks whether there is still something to wait for. On
-# Windows, where a Ctrl-C does not interrupt a lock, it may take so long, too.
+# Windows, where a Ctrl-C does not interrupt a lock, it may take so long, too. Limits of
+# time are counted in such slices, not by a clock: if this process is suspended, with
+# its workers or not, that counts as one slice.
 _WAIT_SLICE = 0.5
+
+
+def _wait_in_slices(wait: Callable[[float], object], seconds: float) -> None:
+    """Call *wait*, which returns at once when all is done, with a timeout."""
+    for _ in range(math.ceil(seconds / _WAIT_SLICE)):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            wait(_WAIT_SLICE)
 
 
 def _one_by_one(
@@ -1218,7 +1227,7 @@ class _Inbox:
         outcome ends the run. Raise `queue.Empty` after *timeout* seconds.
         """
         if self.next_number not in self.early:
-            number, outcome = self._wait_until(time.monotonic() + timeout)
+            number, outcome = self._wait(timeout)
             if number is None or not self.ordered or _is_unreadable(outcome):
                 return number, outcome
             self.early[number] = outcome
@@ -1230,10 +1239,11 @@ class _Inbox:
     def wait_again_for(self, number: int) -> None:
         self.next_number = min(self.next_number, number)
 
-    def _wait_until(self, deadline: float) -> tuple[int | None, Any]:
-        while (left := deadline - time.monotonic()) > 0:
+    def _wait(self, left: float) -> tuple[int | None, Any]:
+        while left > 0:  # see _WAIT_SLICE
             with contextlib.suppress(queue.Empty):
                 return self.reports.get(timeout=min(left, _WAIT_SLICE))
+            left -= _WAIT_SLICE
         return self.reports.get_nowait()
 
 
@@ -1326,7 +1336,7 @@ class _Run:
         self.batches, self.drawn = itertools.count(), 0
         self.completed: _Batch | None = None  # whose results are being handed out
         self.results: list[Any] = []  # not yet handed out; the next one is the last
-        self.waiting_since: float | None = None
+        self.waited = 0.0  # seconds, since a batch has completed
 
     def start(self) -> bool:
         """Start the engine. Return False if this process is to run the tasks."""
@@ -1450,19 +1460,17 @@ class _Run:
     def wait(self) -> tuple[int | None, Any] | None:
         """Return the next report, or None if it is time to look at the engine."""
         self.engine.secede_from_pool()
-        now = time.monotonic()
-        if self.waiting_since is None:
-            self.waiting_since = now
         limit = math.inf if self.engine.limits_tasks else self.timeout
-        left = self.waiting_since + (math.inf if limit is None else limit) - now
+        left = (math.inf if limit is None else limit) - self.waited
         try:
             report = self.inbox.take(min(left, self.engine.look_again))
         except queue.Empty:
             if left > self.engine.look_again:
+                self.waited += self.engine.look_again
                 self.engine.check()
                 return None
             raise self.timeout_error() from None
-        self.waiting_since = None
+        self.waited = 0
         return report
 
     def timeout_error(self) -> _TaskTimeoutError:
@@ -3092,7 +3100,7 @@ class _Worker:
         self.environment = {**pool.recipe.environment, **pool.limits}
         self.pool = weakref.ref(pool)
         self.stopping = pool.stopping
-        self.idle_until = math.inf
+        self.idle_until = [math.inf]
         self.thread: Any = None  # the attendant
         self.process: Any = None
         self.connection: Any = None
@@ -3301,8 +3309,7 @@ class _Worker:
         """Return the next message, for which the worker has *limit* seconds.
 
         With a *page*, the time starts anew whenever a number in it has changed. It is
-        counted in slices, not by a clock, since this process may stand still together
-        with the worker: while a computer sleeps, say.
+        counted in slices: see _WAIT_SLICE.
         """
         left, seen = limit, page and page.tobytes()
         seconds = min(max(limit / 10, 0.001), _WAIT_SLICE)  # poll() rounds up to 1 ms
@@ -3400,8 +3407,7 @@ class _Worker:
         """Let the process leave, which is idle; kill it if it does not."""
         self.leave()
         if self.process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_PATIENCE)
+            _wait_in_slices(self.process.wait, _PATIENCE)
         self.kill_and_reap()
 
 
@@ -3428,11 +3434,13 @@ def _attend(
         try:
             # To see soon that the run of its function has ended, or when to leave.
             seconds = 10 * _WAIT_SLICE if worker.function is None else _WAIT_SLICE / 2
+            due = time.monotonic() + seconds
             job = jobs.get(timeout=seconds)
         except queue.Empty:
             worker.forget()
             _remove_folders()
-            if time.monotonic() > worker.idle_until:
+            worker.idle_until[0] += time.monotonic() - due  # while this was suspended
+            if time.monotonic() > worker.idle_until[0]:
                 _stop_if_idle(worker.pool)
             continue
         if job is None or worker.stopping.is_set():
@@ -3628,7 +3636,8 @@ class _Pool:
             return
         self.modules.update()
         for worker in self.workers:
-            worker.idle_until = time.monotonic() + seconds
+            # A new list, since the attendant may be adding to the old one.
+            worker.idle_until = [time.monotonic() + seconds]
         _state.idle_pools.append(self)
         _stop_idle_pools(_state.max_idle)
 
@@ -3649,7 +3658,7 @@ class _Pool:
         _kill([w.process for w in found if w.process is not None])
         for worker in self.workers:
             with contextlib.suppress(RuntimeError):  # it could not be started
-                worker.thread.join(timeout=2 * _PATIENCE)
+                _wait_in_slices(worker.thread.join, 2 * _PATIENCE)
 
 
 def _take_pool(recipe: _Recipe) -> _Pool | None:
@@ -3657,7 +3666,7 @@ def _take_pool(recipe: _Recipe) -> _Pool | None:
     for pool in [*_state.idle_pools]:
         if pool.recipe == recipe and _take_off_list(pool):
             for worker in pool.workers:
-                worker.idle_until = math.inf
+                worker.idle_until = [math.inf]
             if pool.modules.are_current():
                 return pool
             pool.stop()
@@ -4142,7 +4151,7 @@ class _Lifetime:
             other.is_at_work and other.reader is me for other in [*_state.open_runs]
         )
         if self.reader is me and not is_busy:
-            self.ended.wait(timeout=10)
+            _wait_in_slices(self.ended.wait, 10)
 
     def _end(self) -> None:
         """Call off what is out; stop the workers, or keep them for the next run."""
@@ -4216,7 +4225,7 @@ def _at_exit(pid: int) -> None:
             read_on.add(lifetime.engine.pool)  # `threading` waits for it
             continue
         lifetime.end()
-        lifetime.ended.wait(timeout=10)
+        _wait_in_slices(lifetime.ended.wait, 10)
     for pool in {*_state.pools} - read_on:
         pool.stop()
     _remove_folders()

@@ -4011,6 +4011,55 @@ def test_in_threads_what_completes_out_of_order_is_waited_for_as_well():
     assert len(list(results)) == 7
 
 
+def stand_still(process, seconds):
+    """Suspend a program and its workers, as a paused container or a laptop's lid does."""
+    paths = Path(f"/proc/{process.pid}/task").glob("*/children")
+    pids = [process.pid, *map(int, " ".join(p.read_text() for p in paths).split())]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("backend", ENGINES)
+def test_the_time_in_which_the_program_is_suspended_does_not_count(
+    begun, tmp_path, backend
+):
+    task = f"({touch(tmp_path / 'began')}, {await_path(tmp_path / 'go', 5)})[1]"
+    source = f"""
+    if __name__ == "__main__":
+        run = lambda task: eval(task, {{}})
+        print(*Joblib.setup(run, [{task!r}], 2, backend={backend!r}, timeout=3))
+    """
+    process = begun(source)
+    wait_until((tmp_path / "began").exists)
+    stand_still(process, 4)
+    (tmp_path / "go").touch()
+    assert output_of(process) == "5\n"
+
+
+@pytest.mark.once
+def test_the_time_in_which_the_program_is_suspended_does_not_count_as_idle(begun):
+    source = """
+    if __name__ == "__main__":
+        run = lambda task: (time.sleep(0.1), os.getpid())[1]
+        results = lambda: set(Joblib.setup(run, range(8), 2, idle_worker_timeout=9))
+        before = results()
+        print(len(before), flush=True)
+        input()
+        time.sleep(1)  # still less than the limit
+        print(len(before & results()))
+    """
+    process = begun(source)
+    assert process.stdout.readline() == "2\n"
+    stand_still(process, 10)
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    assert output_of(process) == "2\n"
+
+
 def test_a_clock_that_stands_still(monkeypatch):
     clock = types.SimpleNamespace(monotonic=lambda: 5.0, perf_counter=lambda: 5.0)
     monkeypatch.setattr(distributed, "time", clock)
