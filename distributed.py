@@ -2969,6 +2969,7 @@ class _FunctionMessage:
         self.at_work: set[_Worker] = set()
         self.skip_after = math.inf  # the number of a batch whose failure ends the run
         self.is_over = False  # its run has ended: idle workers are to forget it
+        self.files: _ArrayFiles = run.engine.files
 
 
 class _Job:
@@ -3367,8 +3368,15 @@ class _Worker:
             or (isinstance(error, OSError) and error.errno is None)
         ):
             text = f"a worker process has died{'' if is_ready else ' as it started'}"
-            hint = " (SIGKILL, as when memory runs out)" if code == -9 else ""
-            error = BrokenProcessPool(f"{text}: exit code {code}{hint}")
+            text += f": {_exit_code_text(code, function.files)}"
+            if code == 0 and not is_ready:
+                text += (
+                    f", and {'half a message' if error.args else 'nothing'} was read from it: "
+                    f"{multiprocessing.spawn.get_executable()!r} is no Python, or a "
+                    "frozen program that does not call multiprocessing."
+                    "freeze_support(); or what it imports has ended it"
+                )
+            error = BrokenProcessPool(text)
         return _Failure(error)
 
     def forget(self) -> None:
@@ -3417,6 +3425,29 @@ class _BrokenWorkerError(Exception):
     def __init__(self, reply: bytes) -> None:
         self.what, (_, _, summary, self.text) = pickle.loads(memoryview(reply)[1:])
         super().__init__(f"{self.what}: {summary}")
+
+
+# What Windows makes the exit code of a process that it ends.
+_CODES_OF_WINDOWS = {
+    0xC0000005: "access violation",
+    0xC0000017: "no memory",
+    0xC00000FD: "stack overflow",
+    0xC000013A: "Ctrl-C",
+    0xC0000409: "abort, or an overrun buffer",
+}
+
+
+def _exit_code_text(code: Any, files: _ArrayFiles) -> str:
+    """Return an exit code with its name, and with what it may be due to."""
+    name = _CODES_OF_WINDOWS.get(code, "")
+    with contextlib.suppress(ValueError):  # it is not of a signal
+        name = name or signal.Signals(-code).name
+    if name == "SIGKILL":
+        name += ", as when memory runs out"
+    elif name in ("SIGSEGV", "SIGBUS", "access violation") and files.are_read_only():
+        name += f", as when C code writes to a read-only array. {_READ_ONLY}"
+    shown = f"{code:#x}" if code in _CODES_OF_WINDOWS else code
+    return f"exit code {shown} ({name})" if name else f"exit code {code}"
 
 
 _INITIALIZER_HAS_FAILED = "the initializer has failed in a worker"
@@ -4026,6 +4057,10 @@ class _ArrayFiles:
                 self.dropped.append(reference)
             except OSError:
                 pass
+
+    def are_read_only(self) -> bool:
+        """Return whether workers map some of them, and cannot write to them."""
+        return self.folder is not None and self.mode == "r"
 
     def close(self) -> None:
         """Remove all files."""

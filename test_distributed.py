@@ -3709,6 +3709,81 @@ def test_a_worker_that_dies_while_it_sends_is_an_error():
     assert sorted(Joblib.setup(abs, range(10), num_workers=2)) == list(range(10))
 
 
+def signal_self(name):
+    return f"__import__('os').kill(__import__('os').getpid(), {signal.Signals[name]})"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("errors", ["raise", "return"])
+def test_exit_codes_of_workers_have_names(processes, errors):
+    expected = {
+        signal_self("SIGSEGV"): "exit code -11 (SIGSEGV).",
+        signal_self("SIGABRT"): "exit code -6 (SIGABRT).",
+        signal_self("SIGKILL"): "exit code -9 (SIGKILL, as when memory runs out).",
+        EXIT: "exit code 7.",
+        EXIT_IN_PEACE: "exit code 0.",
+    }
+    for death, text in expected.items():
+        results = processes(eval, [death], errors=errors)
+        received, error = collect(results, BrokenExecutor)
+        assert str(error or received[0].error).startswith(
+            f"a worker process has died: {text} Task 0 "
+        )
+
+
+@pytest.mark.once
+def test_exit_codes_of_windows_have_names():
+    files = distributed._ArrayFiles({"max_nbytes": 1, "mmap_mode": "r"})
+    for code, name in (
+        (0xC0000005, "access violation"),
+        (0xC00000FD, "stack overflow"),
+    ):
+        text = distributed._exit_code_text(code, files)
+        assert text == f"exit code {code:#x} ({name})"
+    assert distributed._exit_code_text(0xC0000001, files) == f"exit code {0xC0000001}"
+
+
+writes_in_c = lambda array: (
+    __import__("ctypes").memset(array.__array_interface__["data"][0], 0, 8) > 0
+)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("errors", ["raise", "return"])
+def test_a_task_that_writes_to_a_mapped_array_from_c_is_told_what_to_do(
+    processes, errors
+):
+    tasks = [numpy.zeros(300_000)]
+    results = processes(writes_in_c, tasks, errors=errors)
+    received, error = collect(results, BrokenExecutor)
+    text = str(error or received[0].error)
+    assert "(SIGSEGV, as when C code writes to a read-only array. Arrays of" in text
+    assert "mmap_mode='c'" in text
+    assert list(processes(writes_in_c, tasks, mmap_mode="c")) == [True]
+    received, error = collect(
+        processes(eval, [signal_self("SIGSEGV")], mmap_mode="c"), BrokenExecutor
+    )
+    assert "read-only" not in str(error)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("errors", ["raise", "return"])
+def test_a_program_that_serves_as_no_worker_is_an_error(begun, errors):
+    source = f"""
+    if __name__ == "__main__":
+        multiprocessing.set_executable("/bin/true")
+        try:
+            list(Joblib.setup(abs, range(9), 2, errors={errors!r}))
+        except Exception as error:
+            print(type(error).__name__, error)
+    """
+    output = output_of(begun(source))
+    expected = "died as it started: exit code 0, and nothing was read from it: "
+    assert f"BrokenProcessPool a worker process has {expected}" in output
+    assert "/bin/true" in output
+    assert "freeze_support()" in output
+
+
 @needs_proc
 def test_what_a_task_starts_does_not_hold_the_connection(processes):
     code = """
