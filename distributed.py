@@ -2910,11 +2910,10 @@ class _Processes(_Engine):
 
     def explained(self, error: Any, note: str, batch: _Batch) -> BaseException:
         explained = super().explained(error, note, batch)
-        with contextlib.suppress(Exception):  # its own methods may fail
-            text = f"{explained} {explained.__cause__}"
-            if (batch.arrays or self.files.of_function) and re.search(
-                "(array|buffer|destination).* read-only", text
-            ):
+        has_arrays = batch.arrays or self.files.of_function
+        # The cause has the text of the traceback, and of exceptions before this one.
+        if has_arrays and _SAYS_READ_ONLY.search(str(explained.__cause__)):
+            with contextlib.suppress(Exception):  # a class may refuse notes
                 explained.add_note(_READ_ONLY)
         return explained
 
@@ -3889,6 +3888,15 @@ def _occupy_standard_streams() -> None:
 _READ_ONLY = (
     "Arrays of more than max_nbytes are mapped, read-only: mmap_mode='c' lets a task "
     "change its own view, max_nbytes=None sends copies"
+)
+
+# The last lines of tracebacks, in which numpy and Python say that an array is mapped so.
+_SAYS_READ_ONLY = re.compile(
+    r"^[ |]*(Buffer|Type|Value)Error: .*("
+    r"\b(array|buffer|destination|memory|out)\b.*\b(read.?only|write?able)\b"
+    r"|read.?only (array|buffer|memory)|object is not writable|read-write bytes"
+    r"|WRITEABLE flag|WRITEBACKIFCOPY)",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 # Folders of arrays have joblib's own name, by which others look for them.

@@ -6915,6 +6915,49 @@ def test_a_cause_that_says_read_only_is_enough(processes):
     assert len(read_only_notes(error)) == 1
 
 
+CHANGES_OF_ARRAYS = [
+    "numpy.add(array, 1, out=array)",
+    "array.sort()",
+    "array.put(0, 1)",
+    "array.setflags(write=True)",
+    "numpy.take(array, [0], out=array[:1])",
+    "numpy.einsum('i->i', array, out=array).__setitem__(0, 1)",
+    "numpy.random.default_rng(0).random(out=array)",
+    "numpy.random.default_rng(0).permuted(array, out=numpy.asarray(array))",
+    "numpy.random.shuffle(array)",
+    "memoryview(array).__setitem__(0, 1.0)",
+    "__import__('io').BytesIO(b'12345678').readinto(array)",
+    "__import__('struct').pack_into('d', array, 0, 1.0)",
+    "__import__('ctypes').c_double.from_buffer(array)",
+    exiting("BufferError('Object is not writable.')"),
+    exiting("ExceptionGroup('all', [ValueError('buffer source array is read-only')])"),
+    exiting(
+        "ValueError('WRITEBACKIFCOPY base is read-only')"
+    ),  # as scipy.sparse has it
+    exiting("ValueError('cannot set WRITEABLE flag to True of this array')"),
+]
+HAVE_OTHER_CAUSES = [
+    "ValueError('this file is read-only')",
+    "TypeError('readonly attribute')",
+    "__import__('io').UnsupportedOperation('array: not writable')",
+    "PermissionError('the array is read-only')",
+    "__import__('sqlite3').OperationalError('attempt to write a readonly database')",
+    "RuntimeError('array, which is read-only')",
+]
+
+
+@pytest.mark.once
+def test_all_words_for_what_is_read_only_are_known(processes):
+    array = numpy.zeros(300_000)
+    function = lambda change: eval(change, {"array": array, "numpy": numpy})
+    tasks = [*CHANGES_OF_ARRAYS, *map(exiting, HAVE_OTHER_CAUSES)]
+    options = {"errors": "return", "return_as": "generator"}
+    received = list(processes(function, tasks, **options))
+    assert all(isinstance(item, FailedTask) for item in received)
+    noted = [item.task for item in received if read_only_notes(item.error)]
+    assert noted == CHANGES_OF_ARRAYS
+
+
 @pytest.mark.once
 def test_what_is_not_mapped_has_no_such_note(processes):
     def function(array):
