@@ -1173,9 +1173,26 @@ def _with_task_note(error: BaseException, note: str) -> Any:
             text = repr(error)
         cause, error = error, RuntimeError(f"a task raised {text}")
         error.__cause__ = cause
+    # The caller is no task, though it may be _one_by_one.
+    stack = traceback.walk_stack(inspect.currentframe())
+    callers = [frame.f_code.co_name for frame, _ in stack][2:]
+    marked = _TaskNote(note)
+    marked.depth = sum(callers.count(name) for name in ("_one_by_one", "_run_tasks"))
     with contextlib.suppress(Exception):  # a class may refuse notes
-        error.add_note(note)
+        notes = getattr(error, "__notes__", [])
+        # An object that is raised again and again has the note of the last task only.
+        notes[:] = [n for n in notes if getattr(n, "depth", math.inf) > marked.depth]
+        error.add_note(marked)
     return error
+
+
+class _TaskNote(str):
+    """A note that names a task; it is pickled as text."""
+
+    depth: int  # of the task's run: how many runs it is inside of, in this thread
+
+    def __reduce__(self) -> Any:
+        return str, (str(self),)
 
 
 def _short_repr(value: Any) -> str:
@@ -2914,7 +2931,8 @@ class _Processes(_Engine):
         # The cause has the text of the traceback, and of exceptions before this one.
         if has_arrays and _SAYS_READ_ONLY.search(str(explained.__cause__)):
             with contextlib.suppress(Exception):  # a class may refuse notes
-                explained.add_note(_READ_ONLY)
+                if _READ_ONLY not in explained.__notes__:
+                    explained.add_note(_READ_ONLY)
         return explained
 
     def end(self, *, kill: bool) -> None:

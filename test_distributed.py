@@ -7185,6 +7185,43 @@ def test_an_error_tells_which_task(any_setup, options):
     assert error.__notes__ == ["Task 20 (counted from 0): '1 / 0'"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_that_is_one_object_has_one_note(workers):
+    errors = [KeyError("of a module"), ValueError("another one")]
+
+    def fail(task):
+        raise errors[task % 2]
+
+    options = {"backend": "threading", "errors": "return", "num_workers": workers}
+    results = list(Joblib.setup(fail, range(20), return_as="generator", **options))
+    assert [result.error for result in results] == errors * 10
+    assert {len(notes_of(error)) for error in errors} == {1}
+    for number in range(10):
+        _, error = collect(SingleProcess.setup(fail, [number]), *map(type, errors))
+        assert notes_of(error) == [f"Task 0 (counted from 0): {number}"]
+
+
+@pytest.mark.parametrize("outer", [1, 2])
+@pytest.mark.parametrize("inner", [1, 2])
+def test_an_error_of_a_run_inside_of_a_task_tells_of_both_tasks(outer, inner):
+    known = KeyError("of a module")
+
+    def fail(task):
+        raise known
+
+    def task(number):
+        list(Joblib.setup(fail, [7], num_workers=inner, backend="threading"))
+
+    for number in range(3):
+        results = Joblib.setup(task, [number], num_workers=outer, backend="threading")
+        _, error = collect(results, KeyError)
+        assert error is known
+        first, second = notes_of(error)
+        assert first == "Task 0 (counted from 0): 7"
+        assert second == f"Task 0 (counted from 0): {number}"
+        assert notes_of(pickle.loads(pickle.dumps(error))) == [first, second]
+
+
 class Shown:
     def __init__(self, way):
         self.way = way
