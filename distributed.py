@@ -3129,7 +3129,8 @@ class _Worker:
         self.is_ready = False
         self.is_warm = False  # the process has had a function
         self.function: Any = None  # that the process has
-        self.done = 0  # tasks
+        self.done = 0  # tasks that were sent to the process
+        self.done_before = 0  # of these, before it had the function
         self.start_error: Any = None  # of the process that was started first
 
     def launch(self, patience: float) -> None:
@@ -3222,7 +3223,7 @@ class _Worker:
                 page = self.page
                 self.run(job)
             except Exception as error:
-                failure = self.kill_and_explain(error, function, page)
+                failure = self.kill_and_explain(error, job, page)
                 if not self.go_on(job, failure, page, was_warm):
                     return False
         if job.is_stopped:
@@ -3312,6 +3313,7 @@ class _Worker:
         self.is_ready = True
         if reply == _READY:
             self.function, function.was_loaded, self.is_warm = function, True, True
+            self.done_before = self.done
         elif function.was_loaded:
             raise _BrokenWorkerError(reply)
         return reply
@@ -3357,10 +3359,9 @@ class _Worker:
                 for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                     end.setsockopt(socket.SOL_SOCKET, option, value)
 
-    def kill_and_explain(
-        self, error: Exception, function: _FunctionMessage, page: Any
-    ) -> _Failure:
+    def kill_and_explain(self, error: Exception, job: _Job, page: Any) -> _Failure:
         """Kill the process; return what has become of it."""
+        function, done = job.function, self.done - self.done_before
         is_ready, was_started = self.is_ready, self.process is not None
         code = self.kill_and_reap()
         if isinstance(error, _BrokenWorkerError):
@@ -3369,7 +3370,7 @@ class _Worker:
             _set_cause(failure.error, error.text)
             return failure
         if isinstance(error, (TimeoutError, BlockingIOError)):
-            text, seconds = "a worker was not ready after", function.patience
+            text, seconds, hint = "a worker was not ready after", function.patience, ""
             if is_ready and isinstance(error, BlockingIOError):
                 text = "a worker has stalled in the midst of a message for"
             elif page:
@@ -3379,7 +3380,13 @@ class _Worker:
                 )
                 if page[_BEGUN] == page[_ENDED]:
                     text = "to send results has taken longer than the timeout of"
-            error = _TaskTimeoutError(f"{text} {seconds!r} seconds")
+                elif done + job.begun == job.size and page[_BEGUN] == job.begun + 1:
+                    hint = (
+                        "; it was the first in its worker: what task_func builds on its "
+                        "first call counts, what __setstate__ or an initializer builds "
+                        "does not"
+                    )
+            error = _TaskTimeoutError(f"{text} {seconds!r} seconds{hint}")
         elif was_started and (
             isinstance(error, (EOFError, ConnectionError))
             or (isinstance(error, OSError) and error.errno is None)

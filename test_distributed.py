@@ -3868,7 +3868,9 @@ def test_a_timeout_tells_which_task_it_was(setup, tmp_path):
     (tmp_path / "go").touch()
     expected = r"4 are out, of which the oldest batch is: Task 0 \(counted from 0\): "
     if setup.keywords["backend"] == "loky":
-        expected = r"the timeout of 0.5 seconds. Task [01] \(counted from 0\): "
+        expected = (
+            r"the timeout of 0.5 seconds; it was .*\. Task [01] \(counted from 0\): "
+        )
     assert re.search(expected, str(caught.value))
 
 
@@ -4012,6 +4014,44 @@ def test_a_worker_that_does_not_take_its_task_is_replaced(processes, monkeypatch
     os.kill(worker, signal.SIGSTOP)
     assert list(results) == [5_000_000, 1]
     assert not is_alive(worker)
+
+
+class BuildsOnItsFirstCall:
+    solver = None
+
+    def run(self, task):
+        if self.solver is None:
+            time.sleep(3600)
+        return task
+
+
+FIRST = "first in its worker: what task_func builds on its first call counts"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_time_out_tells_that_the_task_was_the_first_of_its_worker(
+    processes, batch_size
+):
+    function = by_value(BuildsOnItsFirstCall)().run
+    options = {"timeout": 0.5, "errors": "return", "batch_size": batch_size}
+    for more in ({}, {"maxtasksperchild": 3}):
+        results = list(processes(function, range(3), **options, **more))
+        assert len(results) == 3
+        assert all(FIRST in str(result.error) for result in results)
+    _, error = collect(processes(function, range(3), timeout=0.5), TimeoutError)
+    assert FIRST in str(error)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("batch_size", [1, 3, 6])
+def test_a_time_out_tells_so_of_no_other_task(processes, batch_size):
+    options = {"timeout": 0.5, "errors": "return", "batch_size": batch_size}
+    tasks = [*[slow(0.01)] * 4, slow(3600), slow(3600)]  # all but these are sent
+    results = list(processes(run, tasks, **options, num_workers=1))
+    first, second = [result for result in results if isinstance(result, FailedTask)]
+    assert FIRST not in str(first.error)
+    assert FIRST in str(second.error)  # it is, in a worker in place of another one
 
 
 @pytest.mark.once
