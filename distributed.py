@@ -4099,6 +4099,7 @@ class _ArrayFiles:
         """Remove all files."""
         self.reducers.clear()  # they refer to this
         self.files.clear()
+        self.kept, self.of_function = [], []
         folder, self.folder = self.folder, None
         if folder is not None:
             _state.folders[folder] = self.is_tracked
