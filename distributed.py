@@ -1,8 +1,8 @@
 """Run a function over many tasks: one by one, on all cores, or on a cluster.
 
 This file is meant to be copied: it needs Python 3.11 or newer, joblib 1.5 or newer and
-nothing else. `__version__` and `__source__`, below, tell whether there is a newer one
-where it comes from.
+nothing else. `__version__` is the version of this copy, and `__source__` says where
+newer ones are.
 
 A backend is picked by name. Whichever it is, results come from a generator:
 
@@ -31,7 +31,7 @@ Put the file inside a package: a top-level module called ``distributed`` hides t
 package of that name in which Dask's scheduler lives.
 """
 
-# A batch that fails must be reported, whatever its error is:
+# Any exception of a batch is reported to the consumer, so broad excepts are needed:
 # ruff: noqa: BLE001
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from __future__ import annotations
 import _thread
 import asyncio
 import atexit
-import builtins
 import contextlib
 import difflib
 import functools
@@ -95,7 +94,8 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    # It ships no types, and those of joblib-stubs lack what backends are written against.
+    # joblib has no type hints; joblib-stubs lacks what backends are written against.
+    # So it is Any to a checker: hence `cast`, `bytes()` and the like.
     joblib: Any
 else:
     import joblib
@@ -108,6 +108,7 @@ __all__ = [
     "SingleProcess",
     "get_backend",
 ]
+# Raise it with each change: workers of a cluster, which live on, keep the code by it.
 __version__ = "4.0.0"
 __source__ = ""  # where newer ones are to be found; for its owner to fill in
 
@@ -119,8 +120,8 @@ class DistributedBackend(ABC):
     """Abstract base class of the backends: the interface that each of them implements.
 
     Each has a strategy of its own, from one process that runs tasks sequentially to
-    many that run them in parallel. Both methods are static, so that a class serves as
-    well as an instance. A backend of your own implements the two:
+    many that run them in parallel. Both methods are static, so that they can be called
+    on the class and on an instance. A backend of your own implements the two:
 
     >>> class Backwards(DistributedBackend):
     ...     @staticmethod
@@ -174,7 +175,7 @@ class DistributedBackend(ABC):
 
 
 class FailedTask:
-    """What a run with ``errors="return"`` yields in place of a result that is not.
+    """What a run with ``errors="return"`` yields in place of the result of a task.
 
     >>> for result in Joblib.setup(int, ["1", "two"], 2, errors="return"):
     ...     if isinstance(result, FailedTask):
@@ -185,17 +186,18 @@ class FailedTask:
     line; ``traceback.print_exception(failed.error)`` shows all of the error.
     """
 
-    # Not a dataclass: among rows that are dataclasses, pandas would take it for one more.
+    # Not a dataclass: among rows that are dataclasses, pandas would take it for one
+    # more.
     __match_args__ = ("number", "task", "error")
 
     number: int
-    """Of the task, counted from 0."""
+    """The number of the task, counted from 0."""
 
     task: Any
     """The object that was drawn."""
 
     error: Exception
-    """What would have ended the run with ``errors="raise"``."""
+    """What ``errors="raise"`` would raise; several tasks may have the same object."""
 
     def __init__(self, number: int, task: Any, error: Exception) -> None:
         vars(self).update(number=number, task=task, error=error)
@@ -236,7 +238,7 @@ class SingleProcess(DistributedBackend):
         **kwargs: Any,
     ) -> Generator[tuple[T, R], None, None]: ...
 
-    # To a checker this returns too little; the overloads say what may come.
+    # The return type leaves out what options add; the overloads have it.
     @staticmethod
     def setup(  # pyright: ignore[reportInconsistentOverload]
         task_func: Callable[[T], R],
@@ -316,37 +318,37 @@ class SingleProcess(DistributedBackend):
         """
 
 
-# Options of `Joblib.setup` for type checkers, but *errors* and *return_tasks*. Of those
-# that only one engine has, they know those of joblib and Ray.
-_Options = TypedDict(
-    "_Options",
-    {
-        "backend": str | Any,  # an instance: joblib has no types
-        "return_as": Literal["generator_unordered", "generator"],
-        "timeout": float | None,
-        "maxtasksperchild": int | None,
-        "batch_size": int | Literal["auto"],
-        "pre_dispatch": int | str,
-        "initializer": Callable[..., object] | None,
-        "initargs": tuple[Any, ...],
-        "idle_worker_timeout": float | None,
-        "verbose": float,
-        "max_nbytes": float | str | None,
-        "mmap_mode": Literal["r", "r+", "w+", "c"] | None,
-        "temp_folder": str | os.PathLike[str] | None,
-        "prefer": Literal["processes", "threads"] | None,
-        "require": Literal["sharedmem"] | None,
-        "ray_remote_args": dict[str, Any] | None,
-    },
-    total=False,
-)
+class _Options(TypedDict, total=False):
+    """Options of `Joblib.setup` for type checkers, but *errors* and *return_tasks*.
+
+    Of options that only one engine has, they know those of joblib and Ray.
+    """
+
+    backend: str | Any  # an instance: joblib has no types
+    return_as: Literal["generator_unordered", "generator"]
+    timeout: float | None
+    maxtasksperchild: int | None
+    batch_size: int | Literal["auto"]
+    pre_dispatch: int | str
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+    idle_worker_timeout: float | None
+    verbose: float
+    max_nbytes: float | str | None
+    mmap_mode: Literal["r", "r+", "w+", "c"] | None
+    temp_folder: str | os.PathLike[str] | None
+    prefer: Literal["processes", "threads"] | None
+    require: Literal["sharedmem"] | None
+    ray_remote_args: dict[str, Any] | None
 
 
 class Joblib(DistributedBackend):
     """Runs tasks in several worker processes, as joblib's `Parallel` and `delayed` do.
 
-    For CPU-intensive work, which gains from true parallelism. What follows holds on
-    every joblib backend, but for what is listed under "Not promised".
+    For CPU-intensive work, which gains from true parallelism. The worker processes are
+    those of this file. joblib says what the user has configured, and supplies other
+    backends: what follows holds on each of them, but for what is listed under "Not
+    promised".
 
     *Lazy.* Nothing is drawn or started before the first result is asked for.
 
@@ -369,10 +371,10 @@ class Joblib(DistributedBackend):
     *Ends cleanly.* Closing the generator ends the run, as do ``break`` in a loop that
     holds its only reference, ``del``, an error and leaving the interpreter. No further
     task begins. Worker processes that are busy are killed, with all programs that their
-    tasks have started (a worker leads a session, and that ends with it); nothing is
+    tasks have started (a worker leads a session, which is killed with it); nothing is
     printed or warned of, and no file is left. On Linux nothing is left, either, if the
-    program itself is killed, or crashes; but then loky's tracker may tell of a folder
-    of arrays that it removes.
+    program itself is killed, or crashes; but then loky's resource tracker may warn of a
+    folder of arrays that it removes.
 
     >>> results.close()
     >>> list(results)
@@ -383,9 +385,9 @@ class Joblib(DistributedBackend):
     variables.
 
     *Composable.* Runs can be chained, interleaved, overlapped and started inside a task
-    (where joblib's default is threads). What a worker loads (a module that it imports,
-    an *initializer*) can start runs in the same way, but it is an error if they ask for
-    worker processes.
+    (where joblib's default is threads). So can they be in a module that a worker
+    imports, and in an *initializer*; but there it is an error to ask for worker
+    processes.
 
     >>> absolute = Joblib.setup(abs, [-1, -2, -3], num_workers=2)
     >>> sorted(Joblib.setup(str, absolute, num_workers=2))
@@ -398,10 +400,10 @@ class Joblib(DistributedBackend):
     *Kept warm.* Workers that are idle when a run ends well are kept for the next that
     wants the same: the same number, *initializer*, environment variables, current
     directory and `sys.path`. They are not used again once the program has reloaded a
-    module. At most three sets of workers are kept, none in a fork.
-    They keep nothing of the function; what tasks leave elsewhere in a worker (a thread,
-    a program, a changed directory) is there for the next run, too. `shutdown` stops
-    idle workers; those that have not left after 3 seconds are killed.
+    module. At most three sets of workers are kept, none in a fork. They keep nothing of
+    the function after a moment; what tasks leave elsewhere in a worker (a thread, a
+    program, a changed directory) is there for the next run, too. `shutdown` stops idle
+    workers; those that have not left after 3 seconds are killed.
 
     *Nothing is lost.* Whatever results were received before an error are handed out
     first. An error of a task, or of pickling it or its result, costs no earlier result
@@ -424,9 +426,9 @@ class Joblib(DistributedBackend):
 
     *A sweep goes on.* With ``errors="return"``, a task that raises, cannot be pickled,
     kills its worker or takes too long gives a `FailedTask` in place of its result. So
-    do tasks that were done in the last 3 ms before their worker was lost, since their
-    results had not been sent. What is left of the batch goes to a fresh worker. No task
-    is run twice.
+    do tasks of its batch that were done in the 3 ms before it began, since their
+    results had not been sent when the worker was lost. What is left of the batch goes
+    to a fresh worker. No task is run twice.
 
     *Forks and children.* Runs can be started in a fork, and in a child process of
     `multiprocessing`, however it is started; the child ends when it is done. To read on
@@ -443,22 +445,23 @@ class Joblib(DistributedBackend):
       have begun.
     - With ``return_as="generator"``, results behind the one where an error ends the run
       are lost with it.
-    - Deaths cost single tasks on "loky" and "multiprocessing" only. On Dask, what is lost with a worker is run again, and a run waits for workers if
-      there are none. On Ray, an actor that dies ends the run, and a run has to end
-      before ``ray.shutdown()``.
-    - What a task changes in an object that it shares with other tasks of its batch, as in
-      ``[(model, p) for p in grid]``, these may see.
-    - What a task makes a session of its own (a daemon) is not stopped. Elsewhere than
-      on Linux, nor is what has a process group of its own; and if the program is
+    - The death of a worker costs one task on "loky" and "multiprocessing" only. On
+      Dask, what is lost with a worker is run again, and a run waits while there are no
+      workers. On Ray, an actor that dies ends the run, and a run has to end before
+      ``ray.shutdown()``.
+    - What a task changes in an object that it shares with other tasks of its batch, as
+      in ``[(model, p) for p in grid]``, these may see.
+    - A program that makes a session of its own (a daemon) is not stopped. Elsewhere
+      than on Linux, nor is what has a process group of its own; and if the program is
       killed there, its workers finish what they are doing. On Linux, what has a group
       of its own survives if it is the program that is killed.
     - A task that is changed while others of its batch are drawn arrives changed: in
-      tasks, yield new objects, or take ``batch_size=1``. So does one in threads that is
-      changed before it is run. An array of more than *max_nbytes* is in its file as it
-      first was. A result that *task_func* changes in its next call arrives changed.
-    - To close a run in a thread that is not the last to have read it, or in *tasks* of
-      another run, does not wait for its workers to stop. Otherwise it waits for that,
-      but for 10 seconds at most.
+      tasks, yield new objects, or take ``batch_size=1``. So does a task in threads that
+      is changed before it is run. An array of more than *max_nbytes* is in its file as
+      it first was. A result that *task_func* changes in its next call arrives changed.
+    - ``close()`` waits until the workers have stopped, for 10 seconds at most. It does
+      not wait in another thread than that of the last ``next()``, or in *tasks* of
+      another run.
     - A `KeyboardInterrupt` or `SystemExit` that *tasks* raises is raised at once.
     """
 
@@ -508,7 +511,7 @@ class Joblib(DistributedBackend):
         **kwargs: Unpack[_Options],
     ) -> Generator[tuple[T, R | FailedTask], None, None]: ...
 
-    # To a checker this returns too little; the overloads say what may come.
+    # The return type leaves out what options add; the overloads have it.
     @staticmethod
     def setup(  # pyright: ignore[reportInconsistentOverload]
         task_func: Callable[[T], R],
@@ -541,14 +544,14 @@ class Joblib(DistributedBackend):
         ----------
         task_func : Callable[[T], R]
             The function to run; it is called with one task. It may be a method of
-            something large. Worker processes are sent it, the tasks and the results:
-            all must be picklable, by cloudpickle, which takes lambdas and functions of
-            the program, too. The function is pickled as it is when the run starts, and
-            once; each worker (on Dask, each thread of a worker) keeps one copy for the
-            run. So what a call leaves on it (a
-            compiled solver, a cache) is there for the worker's next call. The same is
-            true of a generator of random numbers: each worker starts with the same copy
-            of it, so put seeds into the tasks. In threads, it is the object itself.
+            something large. Between processes, it, the tasks and the results are
+            pickled by cloudpickle, which takes lambdas and functions of the program,
+            too. The function is pickled as it is when the run starts, and once; each
+            worker (on Dask, each thread of a worker) keeps one copy for the run. So
+            what a call leaves on it (a compiled solver, a cache) is there for the
+            worker's next call. The same is true of a generator of random numbers: each
+            worker starts with the same copy of it, so put seeds into the tasks. In
+            threads, it is the object itself.
         tasks : Iterable[T]
             The tasks; an iterator, as the interface has it, or any other iterable.
         num_workers : int, optional
@@ -556,9 +559,9 @@ class Joblib(DistributedBackend):
             available cores, unless an open `joblib.parallel_config` sets ``n_jobs``; -2
             means all but one, and so on. With 1, tasks run in this process, one after
             another, unless *timeout*, *maxtasksperchild* or ``errors="return"`` asks
-            for a process of "loky" or "multiprocessing", which there cannot be inside
-            of a daemon process or a thread's task. Dask ignores it and uses the whole
-            cluster.
+            for a process of "loky" or "multiprocessing". (There are none inside of a
+            daemon process or of a task that runs in a thread.) Dask ignores it and uses
+            the whole cluster.
         **kwargs
             Options. Those of `joblib.Parallel`, but for ``n_jobs``:
 
@@ -570,7 +573,7 @@ class Joblib(DistributedBackend):
                 derived from one of joblib's classes is used as it is.
             return_as : {"generator_unordered", "generator"}
                 Results as they complete, which is the default, or in the order of the
-                tasks. In order, a task that takes long keeps workers idle once
+                tasks. In order, a task that takes long leaves workers idle once
                 *pre_dispatch* batches are out.
             return_tasks : bool, default False
                 Yield pairs ``(task, result)``, in which *task* is the object that was
@@ -579,41 +582,43 @@ class Joblib(DistributedBackend):
             errors : {"raise", "return"}
                 "return": where a task has no result, yield a `FailedTask` in its place
                 and go on. The other tasks of its batch are run all the same. A worker
-                that dies, or a time-out, costs the task that was running, and those
-                done in the 3 ms before. None is run twice, but on Dask. A worker that
-                is lost before it begins a task costs nothing, since another one takes
-                its place; but the run ends if none has ever been ready, or if three for
-                each worker are lost in a row. Exceptions of *tasks*, of an
-                *initializer* and of pickling *task_func*, and what a debugger raises to
-                be left, still end the run.
+                that dies, or a time-out, costs the task that was running, and those of
+                its batch done in the 3 ms before it. None is run twice, but on Dask. A
+                worker that is lost before it begins a task costs nothing, since another
+                one takes its place; but the run ends if none has ever been ready, or if
+                three for each worker are lost in a row. Exceptions of *tasks*, of an
+                *initializer* and of pickling *task_func*, and `bdb.BdbQuit` of a
+                debugger that is left, still end the run.
             timeout : float, optional
                 Seconds that one task may take in its worker process; it is killed then,
                 and the run ends with an error, or goes on with ``errors="return"``.
                 What the task builds on the first call counts. No other task, start,
-                initializer or wait does, nor does the time for which this process stood
-                still; to pickle a result has a limit of its own, of the same length. It
+                initializer or wait does, nor does the time for which this process is
+                suspended; to send results has a limit of its own, of the same length.
+                It is ignored where tasks run in this process, one after another. It
                 is noticed up to a tenth of *timeout*, and at most 0.5 seconds, later. A
                 worker that is not ready after *timeout*, or 60 seconds if that is more,
                 is lost. Other backends cannot watch single tasks: there, the run ends
                 when the consumer has waited for so long and no batch has completed; the
-                start of workers counts, unless the engine itself waits for it. Default:
-                wait for ever.
+                start of workers counts, unless the backend itself waits for it.
+                Default: wait for ever.
             maxtasksperchild : int, optional
                 Tasks that a worker process of "loky" or "multiprocessing" may do before
                 it leaves and a fresh one takes its place: for tasks that leak memory.
                 No batch is larger. Default: any number.
             batch_size : int or "auto", default "auto"
                 Tasks sent to a worker at once; fewer towards the end of the tasks, so
-                that all workers have some. "auto" starts with 1. A batch that is out
-                and read in less than 0.2 seconds, or more than 2, makes the next ones
-                as large as would take 0.4; but at most twice as large, or 16 or 64
-                times if it took less than 10 ms or 1 ms, and no larger than 8192 tasks
-                or 8 MB of arrays. In threads, that is 4 ms in place of 0.4 seconds. A
-                backend that has a rule of its own keeps it.
+                that all workers have some. "auto" starts with 1. If a batch takes less
+                than 0.2 seconds or more than 2, from being sent until its results have
+                been read, the next ones are as large as would take 0.4; but at most
+                twice as large, or 16 or 64 times if it took less than 10 ms or 1 ms,
+                and no larger than 8192 tasks or 8 MB of arrays. In threads, that is 4
+                ms in place of 0.4 seconds. A backend that has a rule of its own keeps
+                it.
             pre_dispatch : int or str, default "2 * n_jobs"
                 The most batches that are out at a time, being worked on or waiting for
                 a worker; a number, a formula of the number of workers (on Dask, of the
-                moment), or "all", which lifts the bound.
+                present one), or "all", which lifts the bound.
             initializer, initargs : callable and tuple, optional
                 Called in each worker process of "loky" or "multiprocessing" as it
                 starts; not if tasks run in this process. A function of the program
@@ -648,8 +653,8 @@ class Joblib(DistributedBackend):
         Raises
         ------
         TypeError, ValueError, ImportError
-            At once, if an argument is not as said here, or if the package of *backend*
-            is missing or hidden; the message names the argument and shows the value. If
+            At once, if an argument is invalid, or if the package of *backend* is
+            missing or hidden; the message names the argument and shows the value. If
             a formula of *pre_dispatch* comes to 0 for the workers that turn up, it is
             raised from the generator.
         pickle.PicklingError
@@ -668,7 +673,7 @@ class Joblib(DistributedBackend):
             From the generator: what *tasks* raised, as it is; or what a task raised,
             with a note that tells the number of the task and shows it. In threads it is
             the exception itself; elsewhere, the text of the worker's traceback is its
-            cause. If it cannot be pickled, it is put together again without its
+            cause. If it cannot be pickled, it is made again without a call of its
             ``__init__``, or else is a `RuntimeError` that shows it. A `StopIteration`,
             and what is no `Exception` (of ``sys.exit()``, say), is the cause of a
             `RuntimeError`; but with one worker, in this process, a `SystemExit` or
@@ -733,8 +738,8 @@ def get_backend(backend_name: str) -> DistributedBackend:
 
 
 # --------------------------------------------------------------------------------------
-# Arguments: all that is wrong with them is said when `setup` is called. What joblib
-# says clearly by itself, when its Parallel is made, is left to it.
+# Arguments: all that is wrong with them is said when `setup` is called. Errors that
+# joblib reports clearly, when its Parallel is made, are left to it.
 
 
 def _checked(task_func: Any, tasks: Any) -> tuple[Any, Iterator[Any]]:
@@ -767,8 +772,9 @@ def _check_task_func(task_func: Any) -> None:
 
 def _checked_num_workers(num_workers: int | None) -> int:
     if num_workers is None:
-        configured = joblib.parallel.get_active_backend()[1]
-        return -1 if configured is None else configured
+        num_workers = joblib.parallel.get_active_backend()[1]
+    if num_workers is None:
+        return -1
     if isinstance(num_workers, bool) or not hasattr(num_workers, "__index__"):
         raise TypeError(f"num_workers must be an integer or None, got {num_workers!r}")
     count = operator.index(num_workers)
@@ -784,7 +790,7 @@ def _is_number(value: Any, least: float) -> bool:
     return is_number and operator.ge(value, least)
 
 
-# What others call an option, or have and joblib has not, and what to use instead.
+# Names that options have in other libraries, and what to use instead.
 _INSTEAD = {
     **dict.fromkeys(("chunk_size", "chunksize"), "batch_size"),
     **dict.fromkeys(
@@ -810,7 +816,7 @@ _OF_PROCESSES = ("initializer", "initargs", "maxtasksperchild")
 _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "errors": ("'raise' or 'return'", lambda value: value in ("raise", "return")),
     "idle_worker_timeout": (
-        "a positive number of seconds, within a life, or None",
+        "a number of seconds from 0.001 to 1e9, or None",
         lambda value: value is None or (_is_number(value, least=0.001) and value < 1e9),
     ),
     "initargs": ("a tuple", lambda value: isinstance(value, tuple)),
@@ -862,7 +868,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 
 def _count_of_batches(pre_dispatch: Any, workers: int) -> float:
-    """Return how many batches *pre_dispatch* comes to, which must be some."""
+    """Return how many batches *pre_dispatch* allows. Raise ValueError if none."""
     if pre_dispatch == "all":
         return math.inf
     try:
@@ -878,7 +884,7 @@ def _count_of_batches(pre_dispatch: Any, workers: int) -> float:
     return batches
 
 
-@functools.cache  # to look at signatures is slow
+@functools.cache  # inspect.signature is slow
 def _option_names(kind: Any, more: frozenset[str]) -> Any:
     """Return the names of what `joblib.Parallel` takes for a backend, and of what it
     takes as an argument of its constructor.
@@ -890,8 +896,8 @@ def _option_names(kind: Any, more: frozenset[str]) -> Any:
 
     own = {"errors", "return_tasks"}
     taken = names(joblib.Parallel) | names(kind.configure) | more | own
-    nothing = object  # which takes no arguments
-    makers = (vars(base).get("__init__", nothing) for base in kind.__mro__[:-1])
+    # A class that has none is looked up as `object`, which takes no arguments.
+    makers = (vars(base).get("__init__", object) for base in kind.__mro__[:-1])
     made_with = set().union(*map(names, makers))
     internal = {"self", "n_jobs", "parallel", "nesting_level", "args", "kwargs"}
     return frozenset(taken - internal), frozenset(made_with - taken - internal)
@@ -946,7 +952,9 @@ def _chosen_backend(options: dict[str, Any]) -> Any:
     backend = options.pop("backend", None)
     asks = not options.keys().isdisjoint(_OF_PROCESSES)
     if backend is None and asks and _module_of_workers()._in_thread.is_loading:
-        backend = "loky"  # an error, but not before the run starts
+        # The default would be threads, which refuse these options. When the run starts,
+        # _Processes raises an exception that says more.
+        backend = "loky"
     if backend is None:
         names = options.keys() & {"prefer", "require"}
         hints = {name: options[name] for name in names}
@@ -1022,17 +1030,17 @@ def _register_ray() -> None:
 #
 #   _Lifetime.end(), in any thread -> a thread that ends the run: engine.end()
 #
-# That is all of it: one loop, in the thread that calls next(). It draws tasks until as
-# many batches are out as *pre_dispatch* says, waits for a report, hands out its
-# results, and draws again. So runs are lazy, bounded, composable and lossless by
-# construction. All that a thread of an engine ever does to a run is to put an outcome
-# into its inbox, which cannot block or fail.
+# There is one loop, in the thread that calls next(). It draws tasks until as many
+# batches are out as *pre_dispatch* says, waits for a report, hands out its results, and
+# draws again. So nothing is drawn outside of next(), and no result is dropped. All that
+# a thread of an engine ever does to a run is to put an outcome into its inbox, which
+# cannot block or fail.
 
 
 class _TaskTimeoutError(TimeoutError, multiprocessing.TimeoutError):
-    """A task took too long. joblib's users catch the one class, others the other."""
+    """A task took too long. joblib's users catch the second class, others the first."""
 
-    def __reduce__(self) -> Any:  # its name is that of another class
+    def __reduce__(self) -> Any:  # pickle cannot find it by its name, which is changed
         return _timeout_error, self.args
 
 
@@ -1045,17 +1053,18 @@ _TaskTimeoutError.__name__ = _TaskTimeoutError.__qualname__ = "TimeoutError"
 _TaskTimeoutError.__module__ = "builtins"
 
 
-class _Failed(NamedTuple):
+class _NoResult(NamedTuple):
     """Takes the place of the result of a task that has none.
 
-    *error* is an exception, or a `_Failure`; in a worker, what `_pack_error` returns.
+    *error* is an exception or, if the task's worker was lost, a `_Failure`; in a
+    worker, what `_pack_error` returns.
     """
 
     error: Any
 
 
 class _Failure:
-    """What has become of tasks that an engine could not run: an exception.
+    """The exception in place of the results of a batch, and what it is for the run.
 
     Its traceback is kept as text, since its frames would refer to the run.
     """
@@ -1063,7 +1072,7 @@ class _Failure:
     def __init__(self, error: BaseException, *, ends_run: bool = False) -> None:
         if error.__traceback__ is not None:
             _set_cause(error, "".join(traceback.format_exception(error)).strip())
-            error.__context__ = None
+            cast("Any", BaseException.__context__).__set__(error, None)
         self.error = error.with_traceback(None)
         self.ends_run = ends_run  # even with errors="return"
         # The tasks of the batch, by their indices, that may be at fault; if known.
@@ -1087,20 +1096,20 @@ class _Failure:
         return explained
 
 
-# In place of a _Failure: the tasks without results are to be sent again, one by one.
+# Returned in place of a _Failure, and compared by identity: the tasks without results
+# are to be sent again, one by one.
 _SEND_AGAIN = _Failure(RuntimeError("not sent again"))
 
-# Batches of more tasks gain nothing, if tasks take no time; but those of all batches
-# that are out have to be kept in memory.
+# Larger batches are not faster, even if tasks take no time, and they need memory.
 _MAX_BATCH_SIZE = 8192
 
 # Bytes of arrays in the tasks of a batch, beyond which batches do not grow.
 _MAX_BATCH_BYTES = 8_000_000
 
 # Seconds after which a wait looks whether there is still something to wait for. On
-# Windows, where a Ctrl-C does not interrupt a lock, it may take so long, too. Limits of
-# time are counted in such slices, not by a clock: if this process is suspended, with
-# its workers or not, that counts as one slice.
+# Windows, a Ctrl-C does not interrupt a wait for a lock: it takes up to this long.
+# Limits of time are counted in such slices, not by a clock: if this process is
+# suspended, with its workers or not, that counts as one slice.
 _WAIT_SLICE = 0.5
 
 
@@ -1152,7 +1161,7 @@ def _task_note(number: int, task: Any) -> str:
 def _tasks_note(first: int, tasks: list[Any]) -> str:
     """Return a note that names the tasks of a batch."""
     if not tasks:
-        return f"All tasks up to {first - 1} (counted from 0) were done"
+        return f"No task was running: the next one was {first} (counted from 0)"
     if len(tasks) == 1:
         return _task_note(first, tasks[0])
     return (
@@ -1173,7 +1182,8 @@ def _with_task_note(error: BaseException, note: str) -> Any:
             text = repr(error)
         cause, error = error, RuntimeError(f"a task raised {text}")
         error.__cause__ = cause
-    # The caller is no task, though it may be _one_by_one.
+    # How many runs this one is inside of, in this thread; its caller may be
+    # _one_by_one.
     stack = traceback.walk_stack(inspect.currentframe())
     callers = [frame.f_code.co_name for frame, _ in stack][2:]
     marked = _TaskNote(note)
@@ -1189,7 +1199,7 @@ def _with_task_note(error: BaseException, note: str) -> Any:
 class _TaskNote(str):
     """A note that names a task; it is pickled as text."""
 
-    depth: int  # of the task's run: how many runs it is inside of, in this thread
+    depth: int  # of its run
 
     def __reduce__(self) -> Any:
         return str, (str(self),)
@@ -1210,7 +1220,7 @@ def _raise_if_of_handler(error: BaseException) -> None:
     """Raise an exception again that a signal handler of the program has raised.
 
     It may come out of any call: out of the iterator of the tasks, or out of pickle. A
-    handler is a function that has been passed the frame in which it was called.
+    handler is recognized by its arguments, one of which is the frame that called it.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
@@ -1220,7 +1230,7 @@ def _raise_if_of_handler(error: BaseException) -> None:
 
 
 class _Inbox:
-    """The reports of a run's batches, in the order in which they are wanted.
+    """The reports of a run's batches, as they come or, if *ordered*, by their numbers.
 
     Any thread may call `put` and `fail`, which cannot block or fail; the consumer's
     thread alone calls the other methods.
@@ -1240,11 +1250,12 @@ class _Inbox:
     def take(self, timeout: float) -> tuple[int | None, Any] | None:
         """Return the number of the next batch and its outcome.
 
-        Return None if that of a later batch has come. The number is None if the
+        Return None if the report of a later batch has come. The number is None if the
         outcome ends the run. Raise `queue.Empty` after *timeout* seconds.
         """
         if self.next_number not in self.early:
             number, outcome = self._wait(timeout)
+            # What is unreadable is sent again at once, not when its turn comes.
             if number is None or not self.ordered or _is_unreadable(outcome):
                 return number, outcome
             self.early[number] = outcome
@@ -1276,7 +1287,7 @@ class _Progress:
         self.start = time.monotonic()
 
     def add(self, count: int) -> None:
-        # The interval between two lines grows with the square root of their number.
+        # The interval between lines grows with the square root of the tasks done.
         scale = 0.5 * (11 - min(self.verbose, 10.5)) ** 2
         before, self.done = self.done, self.done + count
         steps = {math.isqrt(int(done / scale)) for done in (before, self.done)}
@@ -1289,14 +1300,15 @@ class _Progress:
             of = "" if self.total is None else f" out of {self.total:3d}"
             seconds = time.monotonic() - self.start
             print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream)
-            getattr(stream, "flush", bool)()  # not all streams have it
+            if hasattr(stream, "flush"):  # not all streams have it
+                stream.flush()
 
 
 def _report(inbox: _Inbox, number: int, outcome: Any) -> None:
     """Report the outcome of a batch: an engine calls this, in any thread.
 
-    It refers to the inbox only. If it referred to the run, one that its own tasks refer
-    to would never be collected.
+    It refers to the inbox only. If it referred to the run, a run to which its own tasks
+    refer would never be collected.
     """
     inbox.put((number, outcome))
 
@@ -1309,21 +1321,22 @@ class _Batch:
         self.first = first  # the number of its first task
         self.tasks = tasks
         self.messages: list[bytes | None] = []  # the tasks, pickled
-        self.unpicklable: list[_Failed] = []  # of these, where there is None
+        self.unpicklable: list[_NoResult] = []  # one for each None in messages
         self.sent_at = 0.0
         self.seconds = 0.0  # that they took, where they were run
-        self.arrays: list[Any] = []  # in files, which are kept as long as these
+        self.arrays: list[Any] = []  # in files; a file is removed after its array
         self.scattered: dict[str, Any] = {}  # on Dask: tasks that the user has sent
-        self.results: list[Any] = []  # of the first tasks; or _Failed
-        self.has_failed = False  # some of these are _Failed
+        self.results: list[Any] = []  # of the first tasks, or _NoResult in place of one
+        self.has_failed = False  # some of these are _NoResult
 
 
 class _Run:
     """One call of `Joblib.setup`: its function, tasks and results.
 
-    The consumer's thread alone uses it. Only the run's generator refers to it: nothing
-    that an engine keeps, and no registry, does. Otherwise a run that its own tasks,
-    results or function refer to would never be collected, and so never end.
+    The consumer's thread alone uses it, but for `_Lifetime.fail`. Only the run's
+    generator refers to it: nothing that an engine keeps, and no registry, does.
+    Otherwise a run to which its own tasks, results or function refer would never be
+    collected, and so never end.
     """
 
     def __init__(
@@ -1341,15 +1354,16 @@ class _Run:
         self.engine = _engine_class(backend)(backend)
         self.parallel = self.engine.configure(n_jobs, options)
         self.lifetime = _Lifetime(self)
-        self.given_tasks = tasks
+        self.given_tasks = tasks  # which may have a length; its iterator has none
         self.tasks_error: BaseException | None = None
         self.is_exhausted = False
         self.progress: _Progress | None = None
         self.auto_size = 1  # of the next batches, if batch_size is "auto"
-        self.task_seconds = math.inf  # of each task of the last batch, on average
+        self.task_seconds = math.inf  # for a task of the last batch, on average
+        # A batch is in `ready`, then `out`, then `completed` while it is handed out.
         self.ready: deque[_Batch] = deque()  # drawn, and not yet sent
         self.out: dict[int, _Batch] = {}
-        self.max_batches: float = 0  # that may be out
+        self.max_batches: float = 0  # the most that may be out
         self.batches, self.drawn = itertools.count(), 0
         self.completed: _Batch | None = None  # whose results are being handed out
         self.results: list[Any] = []  # not yet handed out; the next one is the last
@@ -1380,7 +1394,7 @@ class _Run:
                 self.note_completion(self.completed)
             if self.engine.has_changed():
                 formula = self.parallel.pre_dispatch
-                with contextlib.suppress(ValueError):  # it comes to 0 for a moment
+                with contextlib.suppress(ValueError):  # the formula is 0 for a moment
                     self.max_batches = _count_of_batches(formula, self.engine.workers)
             while len(self.out) < self.max_batches and self.lifetime.takes_more():
                 if not self.ready and not self.is_exhausted:
@@ -1388,7 +1402,7 @@ class _Run:
                 if not self.ready:
                     break
                 self.send(self.ready.popleft())
-        # If the run was ended elsewhere, a report says so.
+        # If the run was ended elsewhere, `_Lifetime.fail` has left a report.
         return bool(self.out) or self.lifetime.is_over()
 
     def batch_size(self) -> int:
@@ -1399,15 +1413,15 @@ class _Run:
         elif size == "auto":
             weight = max(self.engine.task_weight, 1)
             most = max(1, int(_MAX_BATCH_BYTES / weight))
-            size = self.auto_size = min(self.auto_size, most)
+            size = self.auto_size = min(self.auto_size, most, self.max_tasks or most)
         return int(min(size, self.max_tasks or size))
 
     def draw(self) -> None:
-        """Draw the tasks of the next batches; of one, if batches have one task.
+        """Draw the tasks of a batch for each worker; of one, if batches have one task.
 
-        Larger ones are drawn for all workers at once. So the end of the tasks is seen
-        early enough to share out what is left in small batches, unless tasks take no
-        time. An exception of the tasks is kept until all results are out.
+        So the end of the tasks is seen early enough to share out what is left in small
+        batches, unless tasks take no time. An exception of the tasks is kept until all
+        results are out.
         """
         size, workers = self.batch_size(), self.engine.workers
         count = 1 if size == 1 else min(size * workers, sys.maxsize)
@@ -1419,7 +1433,7 @@ class _Run:
             self.tasks_error = error
         if len(drawn) < count:
             self.is_exhausted = True
-            least = int(0.002 / self.task_seconds)  # tasks that take 2 ms
+            least = int(0.002 / self.task_seconds)  # as many tasks as take 2 ms
             share = math.ceil(len(drawn) / workers)
             size = max(1, min(size, share, max(least, share // 10)))
         for start in range(0, len(drawn), size):
@@ -1445,8 +1459,8 @@ class _Run:
     def next_batch(self) -> BaseException | None:
         """Wait for a batch and take its results. Return an exception that ends the run.
 
-        There may be no results: if it is time to look at the engine, or if tasks are
-        sent again.
+        There may be no results: if the engine is to be looked at, or if tasks are sent
+        again.
         """
         with self.lifetime:
             report = self.wait()
@@ -1507,7 +1521,7 @@ class _Run:
 
         *failure* is what has become of the tasks without results.
         """
-        # Not kept: exceptions among them have frames that refer to the run.
+        # The batch must not keep them: exceptions have frames that refer to the run.
         results, batch.results = batch.results, []
         done = len(results)
         if failure is None and not batch.has_failed and done == len(batch.tasks):
@@ -1521,31 +1535,35 @@ class _Run:
         rest: BaseException | None = None  # one exception for all of these tasks
         items: list[Any] = []
         for index, task in enumerate(batch.tasks):
-            if index < done and type(results[index]) is not _Failed:
+            if index < done and type(results[index]) is not _NoResult:
                 items.append(results[index])
                 continue
             if index < done:
                 note = _task_note(batch.first + index, task)
                 error = self.engine.explained(results[index].error, note, batch)
             else:
-                rest = rest or failure.explained(_tasks_note(first, suspects))
+                if rest is None:
+                    rest = failure.explained(_tasks_note(first, suspects))
                 error = cast("BaseException", rest)
             ends_run = index >= done and failure.ends_run
             if not self.returns_errors or ends_run or _leaves_debugger(error):
+                # If it is a task that has raised, the workers can be kept.
                 self.lifetime.has_failed |= index >= done
                 return items, error
             items.append(FailedTask(batch.first + index, task, cast("Any", error)))
         return items, None
 
     def note_completion(self, batch: _Batch) -> None:
-        """Adapt the size of batches; the time for which results were read counts.
+        """Adapt the size of batches.
 
-        So a slow consumer has small batches, and few tasks are drawn ahead of it.
+        The time that the consumer took to read the results counts: so a slow consumer
+        has small batches, and few tasks are drawn ahead of it.
         """
         self.completed = None
         size, target = len(batch.tasks), self.engine.batch_seconds
         seconds = max(time.monotonic() - batch.sent_at, 1e-6)  # some clocks are coarse
-        self.task_seconds = max(batch.seconds, 1e-6) / size
+        if batch.seconds:  # else its worker was lost
+            self.task_seconds = batch.seconds / size
         if self.engine.batch_rule is not None:
             self.engine.batch_rule.batch_completed(size, seconds)
         elif size == self.auto_size and not target / 2 <= seconds <= target * 5:
@@ -1558,7 +1576,7 @@ class _Run:
 
 def _results(run: _Run) -> Generator[Any, None, None]:
     """Yield the results of a run: what `Joblib.setup` returns."""
-    # Also if an interrupt keeps this from reaching its end.
+    # Ends the run even if an interrupt keeps `finally`, below, from doing so.
     weakref.finalize(run, run.lifetime.end).atexit = False  # _at_exit does that
     error: BaseException | None = None
     try:
@@ -1580,12 +1598,12 @@ def _results(run: _Run) -> Generator[Any, None, None]:
         if error is None:
             error = run.tasks_error
         if error is not None:
-            # contextmanager sets `__traceback__` on exceptions that pass through it.
-            # Python makes a RuntimeError of a StopIteration here.
+            # Not inside of reading(), since contextmanager sets `__traceback__` on what
+            # passes through it. Python makes a RuntimeError of a StopIteration here.
             raise error
     finally:
         run.tasks_error = None
-        # Not left to the collector: Python drops an interrupt of what that calls.
+        # Not left to the collector: Python ignores an interrupt of what that calls.
         run.lifetime.end()
         del error, run  # the traceback of the error refers to this frame
 
@@ -1623,16 +1641,16 @@ _ReportFunction = Callable[[Any], None]
 class _Engine:
     """Runs the batches of a run: what the loop asks of it.
 
-    All methods but `end`, which is called in a thread of its own, are for the
+    `end` may be called in any thread, by two at a time; the other methods are for the
     consumer's thread.
     """
 
-    pool: Any = None
+    pool: Any = None  # of processes
     workers = 1
-    batch_seconds = 0.4  # for which batches of many tasks should be out
+    batch_seconds = 0.4  # that a batch of many tasks should take
     batch_rule: Any = None  # a backend that has a rule of its own for that
     limits_tasks = False  # it applies *timeout* itself, to each task
-    look_again = math.inf  # seconds after which it may have changed
+    look_again = math.inf  # seconds between calls of check()
     task_weight: float = 0  # bytes of arrays in a task, if known
     dump: Any = None  # pickles the function and the tasks, if they are sent
 
@@ -1641,7 +1659,7 @@ class _Engine:
         # A copy, since it may be shared. Dask's is not copied by copy.copy().
         self.backend: Any = object.__new__(type(backend))
         vars(self.backend).update(vars(backend))
-        self.parallel: Any = None
+        self.parallel: Any = None  # has the options; it is not called
 
     def configure(self, n_jobs: int, options: dict[str, Any]) -> Any:
         """Have joblib check the options; return the Parallel that has them."""
@@ -1669,7 +1687,7 @@ class _Engine:
         """Let another task run while this thread waits, if it is one of a pool."""
 
     def reading(self) -> Any:
-        """Surround the reading of the results."""
+        """Return a context manager that is open while results are read."""
         return contextlib.nullcontext()
 
     def pack(self, batch: _Batch) -> None:
@@ -1684,7 +1702,7 @@ class _Engine:
         self.pack_apart(batch)
 
     def pack_apart(self, batch: _Batch) -> None:
-        """Pickle each task by itself, but for those that have results.
+        """Pickle each task that has no result in a message of its own.
 
         So one that cannot be pickled or unpickled costs no other. None stands for the
         message of one that cannot be pickled.
@@ -1697,7 +1715,7 @@ class _Engine:
                 _raise_if_of_handler(error)
                 batch.messages.append(None)
                 batch.unpicklable.append(
-                    _Failed(_pickling_error("a task cannot be pickled", error))
+                    _NoResult(_pickling_error("a task cannot be pickled", error))
                 )
 
     def tasks_to_send(self, batch: _Batch) -> list[Any]:
@@ -1753,12 +1771,12 @@ class _Engine:
         _, packed = pickle.loads(memoryview(reply)[1:])
         if kind == _NO_FUNCTION:
             return _Failure(_unpacked_error(packed), ends_run=True)
-        batch.results.append(_Failed(_unpacked_error(packed)))
+        batch.results.append(_NoResult(_unpacked_error(packed)))
         batch.has_failed = True
         return None
 
     def read_other(self, batch: _Batch, reply: Any) -> _Failure | None:
-        """Take what is no reply: seconds, or None in place of a task that was not sent."""
+        """Take seconds, or None in place of the reply to a task that was not sent."""
         if reply is not None:
             batch.seconds += reply
             return None
@@ -1907,6 +1925,7 @@ class _Ray(_Registered):
         try:
             return super().read(batch, outcome)
         except Exception as error:  # an actor has died, which Ray does not replace
+            _raise_if_of_handler(error)
             failure = _Failure(error, ends_run=True)
             failure.suspects = range(len(batch.tasks))
             return failure
@@ -1923,8 +1942,8 @@ class _Dask(_Engine):
     """Sends batches by the client itself: joblib's backend scatters the tasks.
 
     What is scattered is lost with its worker, and joblib (1.5.0 to 1.6.0) does not
-    report that; nor does it release the results of a run that was left. Here batches
-    are calls, and so is the function: Dask computes it again if it is lost.
+    report that; nor does it release the results of a run that is closed early. Here
+    batches are calls, and so is the function: Dask computes it again if it is lost.
     """
 
     look_again = 2
@@ -2040,7 +2059,7 @@ def _call_on_dask(client: Any, options: Any, number: int, *call: Any) -> Any:
     """Have the cluster call something; return the future."""
     # Dask takes tasks of one name for one kind: these are shared out evenly.
     name = "function" if number < 0 else "batch"
-    # What is submitted in the same moment would be run in any order.
+    # Without a priority, calls that are submitted together may be run in any order.
     options = {**options, "priority": options.get("priority", 0) - number * 1e-6}
     config = importlib.import_module("dask").config
     # Dask would warn of large tasks; but they have to be sent in some way.
@@ -2103,14 +2122,15 @@ async def _run_on_dask(
 #                   it cannot be pickled or unpickled, each task is a list of its own.
 #    a reply        a byte that tells its kind; then a list of results, as one pickle,
 #                   if the program can unpickle them without fail: see _PlainPickler. If
-#                   some are of classes of the program, a dict of these and the list.
-#                   Else a tuple: each result as a pickle of its own, so that one that
-#                   cannot be unpickled costs no other; or, in its place, a packed
-#                   exception.
+#                   some are of classes of the program, a dict of these, the list and
+#                   its length. Otherwise a tuple: each result as a pickle of its own,
+#                   so that one that cannot be unpickled costs no other; or, in its
+#                   place, a packed exception. If the function cannot be unpickled, or
+#                   the worker fails, a pair: what has failed, and a packed exception.
 
-# First bytes of messages: a list of tasks, or of one; the function of a run; no more
-# tasks will come for that.
-_TASKS, _TASK, _FUNCTION, _FORGET = b"n", b"1", b"f", b"-"
+# First bytes of messages: a list of tasks, or of one; the function of a run; to drop
+# that, since its run has ended.
+_MANY_TASKS, _ONE_TASK, _FUNCTION, _FORGET = b"n", b"1", b"F", b"-"
 
 # First bytes of replies. The worker is ready; some results, with more to come; the last
 # ones; the last ones, since a task has failed and errors are to be raised.
@@ -2124,8 +2144,8 @@ _UNREADABLE, _NO_FUNCTION, _BROKEN = b"?", b"f", b"x"
 class _InThread(threading.local):
     """What a thread is doing."""
 
-    classes: Any = None  # of the reply that it is reading
-    is_loading = False  # what a worker needs, outside of tasks
+    classes: Any = None  # of the reply that is being unpickled
+    is_loading = False  # a worker imports, unpickles or calls an initializer
 
 
 _in_thread = _InThread()
@@ -2179,7 +2199,7 @@ def _common_reducers() -> dict[Any, Any]:
 
 
 def _reduce_code(code: types.CodeType) -> Any:
-    """Reduce code as cloudpickle does, but for the file that tracebacks show."""
+    """Reduce code as cloudpickle does, but keep the file name, for tracebacks."""
     table = _loky("backend.reduction").get_loky_pickler().dispatch_table
     function, arguments, *_ = table[types.CodeType](code)
     name = "<dynamic-code>"
@@ -2194,7 +2214,7 @@ def _loky(module: str) -> Any:
 
 def _pickling_error(what: str, error: BaseException) -> pickle.PicklingError:
     failure = pickle.PicklingError(f"{what}: {_error_line(error)}")
-    # Not the frame that has caught it, which will refer to this exception.
+    # Without the frame that has caught it, which will refer to this exception.
     trace = error.__traceback__
     failure.__cause__ = error.with_traceback(trace and trace.tb_next)
     return failure
@@ -2211,7 +2231,7 @@ def _unpickling_error(what: str, error: BaseException) -> pickle.UnpicklingError
             ": install it where the workers are, or have the module sent with what "
             f"is of it, by {cloudpickle}.register_pickle_by_value"
         )
-    elif isinstance(error, AttributeError) and not trace.tb_next:
+    elif isinstance(error, AttributeError) and not trace.tb_next:  # of pickle itself
         message += (
             ": what the program has wrapped (as by lru_cache) or made with slots is "
             "sent by its name, which other processes do not have: put it into a module"
@@ -2226,7 +2246,7 @@ def _error_line(error: BaseException) -> str:
 
 
 def _message(tasks: list[Any], dump: Any) -> bytes:
-    return bytes(dump(tasks, _TASK if len(tasks) == 1 else _TASKS))
+    return bytes(dump(tasks, _ONE_TASK if len(tasks) == 1 else _MANY_TASKS))
 
 
 def _is_unreadable(outcome: Any) -> bool:
@@ -2235,7 +2255,7 @@ def _is_unreadable(outcome: Any) -> bool:
 
 
 class _PlainPickler(pickle.Pickler):
-    """Pickles what the program can unpickle without fail, and raises an exception else.
+    """Pickles what the program can certainly unpickle; for all else it raises.
 
     That is: plain values and their containers, arrays and scalars of numpy, and objects
     of classes of the program that are pickled by default. The classes are indices into
@@ -2260,7 +2280,7 @@ class _PlainPickler(pickle.Pickler):
             elif kind is not numpy.void and isinstance(value, numpy.generic):
                 return NotImplemented
         elif kind is complex or value is complex or _is_of_numpy(value):
-            return NotImplemented
+            return NotImplemented  # these are pickled by calls of what the program has
         elif _is_pickled_by_default(kind):
             self.classes.append(kind)
             return NotImplemented
@@ -2287,7 +2307,9 @@ def _is_pickled_by_default(kind: Any) -> bool:
 def _share_changeable(values: list[Any]) -> bool:
     """Return whether something that can be changed is in *values* twice.
 
-    Results are not to share it, since others are in the same reply by chance only.
+    Results are not to share it, since others are in the same reply by chance only. This
+    goes down level by level, counting what can be changed: if there are fewer ids than
+    values, one is there twice.
     """
     most, count = 100 * len(values), 0
     ids: set[int] = set()
@@ -2319,10 +2341,10 @@ class _ReplyPickler:
         self.page: Any = [0, 0, 0, 0]  # see _BEGUN
 
     def reply(self, kind: bytes, results: list[Any]) -> bytes:
-        """Return the reply that has these results, some of which may be _Failed."""
+        """Return the reply that has these results, some of which may be _NoResult."""
         buffer = io.BytesIO()
         buffer.write(kind)
-        with contextlib.suppress(Exception):  # not without fail, or nested too deeply
+        with contextlib.suppress(Exception):  # other values, or nested too deeply
             pickler = _PlainPickler(buffer)
             pickler.dump(results)
             if len(results) == 1 or not _share_changeable(results):
@@ -2346,7 +2368,7 @@ class _ReplyPickler:
                 parts[sizes.index(max(sizes))] = self.packed_error(error)
 
     def packed(self, result: Any) -> Any:
-        if type(result) is _Failed:
+        if type(result) is _NoResult:
             return result.error
         self.page[_PICKLED] += 1  # each result has a time limit of its own
         try:
@@ -2360,14 +2382,14 @@ class _ReplyPickler:
 
 
 def _read_results(reply: bytes, results: list[Any]) -> bool:
-    """Append the results of a reply; return whether some are _Failed."""
+    """Append the results of a reply; return whether some are _NoResult."""
     received = pickle.loads(memoryview(reply)[1:])
     if type(received) is list:
         results += received
         return False
     if type(received) is dict:
         in_thread = _module_of_workers()._in_thread
-        lost: dict[type, _Failed] = {}
+        lost: dict[type, _NoResult] = {}
         in_thread.classes = [_loaded_class(data, lost) for data in received["classes"]]
         loaded, has_failed = _loaded(received["results"])
         in_thread.classes = None
@@ -2382,23 +2404,23 @@ def _read_results(reply: bytes, results: list[Any]) -> bool:
         if type(part) is bytes:
             result, is_lost = _loaded(part)
         else:
-            result, is_lost = _Failed(_unpacked_error(part)), True
+            result, is_lost = _NoResult(_unpacked_error(part)), True
         results.append(result)
         has_failed |= is_lost
     return has_failed
 
 
 def _loaded(data: bytes) -> tuple[Any, bool]:
-    """Return what was pickled and False, or _Failed and True."""
+    """Return what was pickled and False, or _NoResult and True."""
     try:
         return pickle.loads(data), False
     except (Exception, SystemExit, GeneratorExit) as error:
         _raise_if_of_handler(error)
         what = "the result cannot be unpickled"
-        return _Failed(_unpickling_error(what, error)), True
+        return _NoResult(_unpickling_error(what, error)), True
 
 
-def _loaded_class(data: bytes, lost: dict[type, _Failed]) -> type:
+def _loaded_class(data: bytes, lost: dict[type, _NoResult]) -> type:
     """Unpickle a class; if that fails, return another one, whose objects are *lost*.
 
     Its objects are unpickled by default, so that any class will do.
@@ -2410,8 +2432,8 @@ def _loaded_class(data: bytes, lost: dict[type, _Failed]) -> type:
     return cast("type", loaded)
 
 
-def _lost_class_in(result: Any, lost: dict[type, _Failed]) -> _Failed | None:
-    """Return _Failed if a result has an object of a class that is lost."""
+def _lost_class_in(result: Any, lost: dict[type, _NoResult]) -> _NoResult | None:
+    """Return _NoResult if a result has an object of a class that is lost."""
     values, seen = [result], {id(result)}
     while values:
         for value in values:
@@ -2430,12 +2452,12 @@ def _class_at(index: int) -> Any:
 def _module_of_workers() -> Any:
     """Return the module of this file by the name that it has in workers.
 
-    Here, `_class_at` arrives by that name; in a worker, other copies of this file find
-    out by it what the worker does.
+    In the program, `_class_at` is unpickled by that name; in a worker, other copies of
+    this file find out by it what the worker does.
     """
     name = _code_to_send()[2]
-    module: Any = types.ModuleType(name)
-    module._in_thread, module._class_at = _in_thread, _class_at
+    module = types.ModuleType(name)
+    vars(module).update(globals())  # for workers that are threads of this process
     return sys.modules.setdefault(name, module)
 
 
@@ -2470,9 +2492,8 @@ def _pack_error(error: BaseException, dump: Any) -> Any:
     summary = text_of(lambda: traceback.format_exception_only(kind, error))
     text = text_of(format_all)
     # Many a class cannot be called with the `args` that it has passed to its base, as
-    # pickle would. Then what its built-in base class knows is sent.
-    bases = [base for base in kind.__mro__ if base in vars(builtins).values()]
-    builtin: Any = bases[0]
+    # pickle would. Then it is sent with what its built-in base class would pickle.
+    builtin: Any = next(b for b in kind.__mro__ if b.__module__ == "builtins")
     data, members = dumped(error), None
     if data is None and isinstance(error, BaseExceptionGroup):
         members = [_pack_error(member, dump) for member in error.exceptions]
@@ -2513,8 +2534,8 @@ def _rebuilt_error(builtin: Any, kind: Any, args: Any, state: Any = None) -> Any
 # What runs in a worker.
 #
 # Workers need not have this file, and never import it: they are sent its code, and
-# execute that as a module of another name. Nothing is sent by value but the first few
-# lines, which are text, since the worker may run another version of Python.
+# execute that as a module of another name. The first few lines are sent as text, since
+# the worker may run another version of Python.
 
 _CODE: Any = cast("Any", inspect.currentframe()).f_code  # of this very file
 
@@ -2535,7 +2556,7 @@ def load(magic, version, name, code):
 @functools.cache
 def _code_to_send() -> tuple[bytes, str, str, bytes]:
     """Return the arguments of `load`, above."""
-    name = f"_joblib_batches_{__version__.replace(chr(46), chr(95))}"
+    name = "_joblib_batches_" + __version__.replace(".", "_")
     version = sys.version.split()[0]
     return importlib.util.MAGIC_NUMBER, version, name, marshal.dumps(_CODE)
 
@@ -2562,15 +2583,15 @@ class _InWorker:
 
 
 def _run_in_thread(task_func: Any, returns_errors: bool, tasks: list[Any]) -> Any:
-    """Return the results of tasks, whether some are _Failed, and how long it took."""
+    """Return the results of tasks, whether some are _NoResult, and how long it took."""
     has_failed, start = False, time.perf_counter()
 
-    def failed(error: BaseException) -> _Failed:
+    def failed(error: BaseException) -> _NoResult:
         nonlocal has_failed
         has_failed = True
         trace = error.__traceback__
         # Without the frame of _run_tasks, which would refer to it, too.
-        return _Failed(error.with_traceback(trace and trace.tb_next))
+        return _NoResult(error.with_traceback(trace and trace.tb_next))
 
     numbered = _numbered(tasks)
     results, _ = _run_tasks(task_func, returns_errors, numbered, failed, [0])
@@ -2581,15 +2602,15 @@ def _run_tasks(
     task_func: Any,
     returns_errors: bool,
     numbered: Iterator[tuple[int, Any]],
-    failed: Callable[[BaseException], _Failed],
+    failed: Callable[[BaseException], _NoResult],
     page: Any,
     send: Any = None,
 ) -> tuple[list[Any], bool]:
     """Return the results of tasks, and whether a failed task is the last one to be run.
 
     The number of each task is written to the *page* before it begins. If there is
-    *send*, it is passed what has been done in the last few milliseconds, now and then;
-    that is not returned.
+    *send*, it is called every few milliseconds with the results so far, which are not
+    returned then.
     """
     results: list[Any] = []
     append, clock = results.append, time.monotonic
@@ -2597,7 +2618,9 @@ def _run_tasks(
     while True:
         try:
             if send is None:
-                for page[_BEGUN], task in numbered:  # the target writes the number
+                # Each step writes the number of the task, and then the task runs. After
+                # an exception, this goes on behind that task.
+                for page[_BEGUN], task in numbered:
                     append(task_func(task))
                 return results, False
             for page[_BEGUN], task in numbered:
@@ -2627,7 +2650,7 @@ def _numbered(tasks: list[Any], begun: int = 0) -> Iterator[tuple[int, Any]]:
     )
 
 
-_NUMBERS: list[int] = []  # from 1 on
+_NUMBERS: list[int] = []  # from 1 on; threads, which may add to it at once, do not care
 
 
 def _leaves_debugger(error: Any) -> bool:
@@ -2639,7 +2662,7 @@ class _LoadedFunction:
     """The function of a run, in a worker.
 
     A worker of Dask is a process with threads. Each thread has a copy of its own, since
-    a model is not made to be shared. They go with this, when Dask releases it.
+    a model is not made to be shared. The copies are freed with this object.
     """
 
     def __init__(self, payload: bytes, returns_errors: bool, config: Any) -> None:
@@ -2676,14 +2699,15 @@ class _LoadedFunction:
         *scattered* has tasks that were not sent, by the keys that replace them.
         """
 
-        def failed(error: BaseException) -> _Failed:
-            return _Failed(_pack_error(error, pickler.dump))
+        def failed(error: BaseException) -> _NoResult:
+            return _NoResult(_pack_error(error, pickler.dump))
 
         page = pickler.page
         message, begun = messages.pop(), page[_BEGUN]
-        is_one = message[:1] == _TASK
+        is_one = message[:1] == _ONE_TASK
         try:
-            page[_BEGUN] += is_one  # to unpickle it is part of the task
+            if is_one:
+                page[_BEGUN] += 1  # to unpickle it is part of the task
             with _Loading():
                 tasks: Any = pickle.loads(memoryview(message)[1:])
         except BaseException as error:
@@ -2713,7 +2737,9 @@ class _LoadedFunction:
             start = time.perf_counter()
             for message in messages:  # None: it could not be pickled
                 pickler.page[_BEGUN] = 0
-                answer = message and self.answer([message], pickler, scattered)
+                answer = None
+                if message is not None:
+                    answer = self.answer([message], pickler, scattered)
                 replies.append(answer)
                 if not self.returns_errors and (not answer or answer[:1] != _DONE):
                     break
@@ -2732,7 +2758,7 @@ class _Loading:
 
 
 def _of_known_type(function: Any) -> Any:
-    """Wrap a function: Dask sends its type to the scheduler, where ours are not known."""
+    """Wrap a function: Dask's scheduler unpickles its type, and does not know ours."""
     return functools.partial(function)
 
 
@@ -2741,12 +2767,14 @@ _last_function: dict[str, Any] = {}  # of a worker of another backend; by its ke
 
 def _answer_in_worker(key: str, function: Any, messages: list[Any]) -> list[Any]:
     """Run a batch by the function of the run *key*; the worker keeps one function."""
-    if key not in _last_function:
+    loaded = _last_function.get(key)
+    if loaded is None:
         if not isinstance(function, _LoadedFunction):  # a reference of Ray
             function = importlib.import_module("ray").get(function)
+        loaded = function
         _last_function.clear()
-        _last_function[key] = function
-    return cast("list[Any]", _last_function[key](messages))
+        _last_function[key] = loaded
+    return cast("list[Any]", loaded(messages))
 
 
 # --------------------------------------------------------------------------------------
@@ -2764,30 +2792,33 @@ def _answer_in_worker(key: str, function: Any, messages: list[Any]) -> list[Any]
 #                                         reads  ^-------- page of memory <--- writes
 #
 # A worker has one connection, which its attendant alone reads and writes here, in turn:
-# so nothing can deadlock, whatever the size of messages. Attendants move bytes. All of
-# a pool take jobs from one queue, which balances by itself, and workers go on while the
-# consumer is elsewhere.
+# so nothing can deadlock, whatever the size of messages. Attendants move bytes. All
+# attendants of a pool take jobs from one queue, so that a free worker takes the next,
+# and workers go on while the consumer is elsewhere.
 #
 # A worker and its attendant share a page of memory, in which the worker counts the
 # tasks of its batch. So the attendant sees a task that takes too long, and, when the
-# worker is lost, which task was running. With errors="return" it has a fresh worker go
-# on behind that one, with the same message; no task is run twice. The consumer hears of
-# the batch once it is through.
+# worker is lost, which task was running. With errors="return", a fresh worker is sent
+# the same message and goes on behind that task; none is run twice. The consumer is sent
+# one report, when all tasks of the batch are done.
 #
 # An attendant refers to its worker and to the queue, not to the pool: a pool that
 # nobody refers to, since an interrupt came in between, is collected, and so stopped.
 
-# Seconds that a worker has for what should take a moment: to leave when it is told to.
+# Seconds that a worker has to leave when it is told to, and for other short waits.
 _PATIENCE = 3
 
-# Seconds that it has to start, or *timeout*, if that is more; for ever without it.
+# Seconds that it has to start, or *timeout*, if that is more; no limit without one.
 _START_PATIENCE = 60
 
-# What is in the page of a worker: how many tasks of its message have begun; how many of
-# these had ended when it last began to send results. So if the first is larger, a task
-# is running; else the worker is sending. The third is raised before each result is
-# pickled; the last tells how long the message took. The attendant writes to the page
-# while the worker has no tasks: how many have begun in workers that were lost.
+# The numbers in the page of a worker:
+# - how many tasks of its message have begun;
+# - how many of these had ended when it last began to send results: if that is less, a
+#   task is running, else the worker is sending;
+# - how many results were pickled by themselves;
+# - how many nanoseconds the message took, written at its end.
+# The worker writes them. While it has no tasks, the attendant writes to the first two
+# how many have begun in workers that were lost.
 _BEGUN, _ENDED, _PICKLED, _NANOSECONDS = 0, 1, 2, 3
 _PAGE_BYTES = 32
 
@@ -2828,20 +2859,20 @@ class _Processes(_Engine):
         self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=resolver, **options)
         with self.parallel:
             options = {**self.backend.backend_kwargs, **resolver.options}
-        self.backend.nesting_level = resolver.nesting_level
+        self.backend.nesting_level = resolver.nesting_level  # for nested()
         self.idle_seconds = options.get("idle_worker_timeout") or 300
         self.initializer = options.get("initializer"), options.get("initargs", ())
         self.options = options
         return self.parallel
 
     def can_isolate(self) -> bool:
-        return self.effective_n_jobs(2) > 1
+        return self.effective_n_jobs(2) > 1  # joblib says 1 where none can be started
 
     def start(self, run: _Run) -> None:
         if _module_of_workers()._in_thread.is_loading:
             raise RuntimeError(
-                f"{_importing_module()} starts worker processes while it is loaded in a "
-                "worker, which these would do in turn: guard it by `if __name__ == "
+                f"{_importing_module()} starts worker processes while it is loaded in "
+                "a worker, and these would start more: guard it by `if __name__ == "
                 "'__main__':`"
             )
         self.max_tasks = run.max_tasks or math.inf
@@ -2872,6 +2903,7 @@ class _Processes(_Engine):
         self.pool.submit(_Job(self.function, batch, report))
 
     def find_pool(self) -> _Pool:
+        """Return idle workers of these settings, or a new pool."""
         environment = {**os.environ}
         environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
         user_reducers = self.options.get("backward_reducers") or {}
@@ -2898,7 +2930,7 @@ class _Processes(_Engine):
         )
         pool = _take_pool(recipe)
         if pool is None:
-            # Not for warm workers, since joblib counts cores each time, which is slow.
+            # Only for a new pool: joblib counts cores each time, which is slow.
             limits = _private(self.backend, "_prepare_worker_env")(n_jobs=self.workers)
             pool = _Pool(recipe, limits)
         return pool
@@ -2913,15 +2945,14 @@ class _Processes(_Engine):
         failure, begun, results = reply.failure, reply.begun, batch.results
         if failure.ends_run:
             return failure
-        ended = begun - reply.was_running
+        ended = begun - int(reply.was_running)
         if not self.function.returns_errors:
             failure.suspects = range(
                 ended if reply.was_running else len(results), begun
             )
             return failure
-        lost = begun - reply.was_running - len(results)
-        results += [_Failed(reply.unsent())] * lost
-        results += [_Failed(failure)] * reply.was_running
+        results += [_NoResult(reply.unsent())] * (ended - len(results))
+        results += [_NoResult(failure)] * (begun - ended)
         batch.has_failed = True
         return None
 
@@ -2938,7 +2969,7 @@ class _Processes(_Engine):
     def end(self, *, kill: bool) -> None:
         pool, self.pool = self.pool, None
         if self.function is not None:
-            self.function.is_over = True
+            self.function.run_has_ended = True
         try:
             if pool is not None:
                 pool.stop(kill=True) if kill else pool.keep(self.idle_seconds)
@@ -2985,12 +3016,12 @@ class _FunctionMessage:
         self.max_failures = _MAX_FAILURES * run.engine.workers
         self.at_work: set[_Worker] = set()
         self.skip_after = math.inf  # the number of a batch whose failure ends the run
-        self.is_over = False  # its run has ended: idle workers are to forget it
+        self.run_has_ended = False  # idle workers are to forget it
         self.files: _ArrayFiles = run.engine.files
 
 
 class _Job:
-    """A batch for an attendant, and for another one if that fails to begin a task."""
+    """A batch for an attendant, and for another one if its worker is lost too early."""
 
     def __init__(
         self, function: _FunctionMessage, batch: _Batch, report: _ReportFunction
@@ -3003,8 +3034,8 @@ class _Job:
         count = len(batch.tasks) - self.first
         self.size = count if len(self.messages) == 1 else 1  # tasks of a message
         self.begun = 0  # tasks of the first message, in workers that were lost
-        # Replies; and in the places of others, None (the task was not sent), or a
-        # _LostWorker.
+        # Replies, and the seconds before them; None where a task was not sent; a
+        # _LostWorker where a worker was lost.
         self.outcome: list[Any] = []
         self.is_stopped = False  # what is left is not run, since the run ends here
 
@@ -3024,7 +3055,9 @@ class _LostWorker(NamedTuple):
     def unsent(self) -> _Failure:
         """Return what has become of a task that was done."""
         error: Any = self.failure.error
-        kind = BrokenProcessPool if self.was_running else type(error)
+        kind: Any = BrokenProcessPool
+        if isinstance(error, _TaskTimeoutError) and not self.was_running:
+            kind = _TaskTimeoutError
         text = "the task was done, but its result was lost with its worker"
         unsent = _Failure(kind(f"{text}: {error}"))
         unsent.error.__cause__ = error.__cause__
@@ -3032,7 +3065,7 @@ class _LostWorker(NamedTuple):
 
 
 class _Recipe(NamedTuple):
-    """How to start the workers of a pool; two that are equal make no difference."""
+    """How to start the workers of a pool. Pools of equal recipes are alike."""
 
     environment: dict[str, str]
     inner_threads: int | None  # of libraries, in each worker
@@ -3043,8 +3076,9 @@ class _Recipe(NamedTuple):
     size: int  # of the pool
 
 
-# What a worker executes first. `_bootstrap` is what `spawn_main` of multiprocessing
-# calls; *sentinel* is open for as long as the program runs.
+# What a worker executes first, with the names that _Started passes. `spawn_main` of
+# multiprocessing calls `_bootstrap` of the object that it unpickles; *sentinel* is open
+# for as long as the program runs.
 _STARTER = """
 def begin(sentinel):
     import multiprocessing.connection, pickle, traceback
@@ -3067,7 +3101,7 @@ class Started:
 
 
 class _Started:
-    """Is unpickled as something that serves as a worker."""
+    """Is unpickled as a class whose `_bootstrap` makes the process a worker."""
 
     def __init__(self, connection: Any, page: Any) -> None:
         kind = type(connection).__name__
@@ -3083,7 +3117,7 @@ class _Page:
     """Memory that a worker and its attendant share."""
 
     def __init__(self) -> None:
-        """Make it: in a file without a name; on Windows there is a name, and no file."""
+        """Make it: a file without a name; on Windows, memory with a name."""
         self.file: Any = None
         self.name: Any = f"page of {os.getpid()} {uuid.uuid4().hex}"
         if os.name == "posix":
@@ -3093,7 +3127,7 @@ class _Page:
                 number, name = tempfile.mkstemp()
                 os.unlink(name)
             self.file = os.fdopen(number, "r+b", buffering=0)
-            # If this were a hole, a full disk would be a SIGBUS.
+            # Written, since on a full disk a hole in the file would be a SIGBUS.
             self.file.write(bytes(_PAGE_BYTES))
             self.name = self.file.fileno()
         self.numbers = _mapped_page(self.name)
@@ -3108,9 +3142,9 @@ def _mapped_page(name: Any) -> Any:
 
 
 class _Worker:
-    """A worker process, and one after another in its place; for its attendant.
+    """A worker process, and the ones that replace it; for its attendant.
 
-    Other threads only look at `process`, `is_ready` and `start_error`.
+    Other threads read `process`, `is_ready` and `start_error`, and set `idle_until`.
     """
 
     def __init__(self, pool: _Pool) -> None:
@@ -3123,7 +3157,7 @@ class _Worker:
         self.process: Any = None
         self.connection: Any = None
         self.poller: Any = None  # of the connection
-        self.pipe: list[Any] = []  # both ends; the process dies with the writing one
+        self.pipe: list[Any] = []  # the process is killed as its writing end is closed
         self.page: Any = None  # the numbers of a _Page
         self.patience = -1.0  # seconds for which a message may stall
         self.is_ready = False
@@ -3163,6 +3197,7 @@ class _Worker:
 
     def popen(self, theirs: Any, page: _Page) -> Any:
         """Start a Python that reads from the pipe what to do."""
+        # Looked at here; it is called in the process.
         _private(multiprocessing.process.BaseProcess, "_bootstrap")
         reader = self.pipe[0].fileno()
         options: dict[str, Any] = {}
@@ -3201,7 +3236,7 @@ class _Worker:
         self.is_ready = True
 
     def do(self, job: _Job) -> bool:
-        """Have a job done, by one process after another if need be.
+        """Have a job done, by several processes one after another if need be.
 
         Return False if a process was lost that had begun none of its tasks: then this
         can be called again, also by another attendant.
@@ -3216,7 +3251,7 @@ class _Worker:
             page: Any = None
             try:
                 reply = self.load(function, job.size - job.begun)
-                if reply != _READY:
+                if reply != _READY:  # it may be _BROKEN, which has the same content
                     job.outcome.append(_NO_FUNCTION + reply[1:])
                     job.is_stopped = True
                     continue
@@ -3235,6 +3270,7 @@ class _Worker:
         """Have the process run the tasks of the next message."""
         function, page, count = job.function, self.page, job.size - job.begun
         page[_BEGUN] = page[_ENDED] = job.begun
+        page[_NANOSECONDS] = 0
         function.at_work.add(self)
         try:
             self.send(cast("bytes", job.messages[0]))
@@ -3246,7 +3282,7 @@ class _Worker:
         kind = reply[:1]
         if kind == _BROKEN:
             self.kill_and_reap()
-            if count > 1:
+            if count > 1 or page[_ENDED] > job.begun:  # so this is no task's failure
                 raise _BrokenWorkerError(reply)
         job.outcome += page[_NANOSECONDS] * 1e-9, reply
         function.failures = 0
@@ -3271,7 +3307,8 @@ class _Worker:
                 job.done_with_message()
             job.is_stopped = not function.returns_errors or self.stopping.is_set()
         elif page is not None and job.size - begun > 1:
-            job.outcome.append(_UNREADABLE)  # lost as it unpickled them all
+            # It may be lost for what it unpickled: have the tasks sent one by one.
+            job.outcome.append(_UNREADABLE)
             job.messages.clear()
         elif failure.ends_run or self.gives_up(function, was_warm):
             if function.failures > 1:
@@ -3297,7 +3334,7 @@ class _Worker:
         """
         error, self.start_error = self.start_error, None
         if error is not None and not isinstance(error, EOFError):
-            raise error
+            raise error  # after an EOFError (it died as it started), try again
         if self.process is not None and self.process.poll() is not None:
             self.kill_and_reap()  # it died while it was idle
         if self.done and self.done + count > self.recipe.max_tasks:
@@ -3314,7 +3351,7 @@ class _Worker:
         if reply == _READY:
             self.function, function.was_loaded, self.is_warm = function, True, True
             self.done_before = self.done
-        elif function.was_loaded:
+        elif function.was_loaded:  # elsewhere: so this worker is at fault
             raise _BrokenWorkerError(reply)
         return reply
 
@@ -3322,7 +3359,7 @@ class _Worker:
         try:
             self.connection.send_bytes(message)
         except OSError:
-            if not self.has_message(0):  # which says why it did not read this one
+            if not self.has_message(0):  # what it has sent says why it does not read
                 raise
 
     def receive(self, limit: float, page: Any = None) -> bytes:
@@ -3353,7 +3390,7 @@ class _Worker:
         """Let no send or receive wait for ever for a worker that has stalled in it."""
         if os.name == "posix" and patience != self.patience:
             self.patience = patience
-            value = struct.pack("ll", min(math.ceil(min(patience, 1e9)), 10**9), 0)
+            value = struct.pack("ll", math.ceil(min(patience, 1e9)), 0)
             with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
                 end.settimeout(None)  # as the connection is, whatever the default is
                 for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
@@ -3361,41 +3398,37 @@ class _Worker:
 
     def kill_and_explain(self, error: Exception, job: _Job, page: Any) -> _Failure:
         """Kill the process; return what has become of it."""
-        function, done = job.function, self.done - self.done_before
-        is_ready, was_started = self.is_ready, self.process is not None
+        process, is_ready = self.process, self.is_ready
+        is_first = self.done - self.done_before + job.begun == job.size
+        goes_on = False
+        if process is not None and isinstance(error, EOFError):
+            try:
+                process.wait(_WAIT_SLICE)  # its connection ends a moment before it
+            except subprocess.TimeoutExpired:
+                goes_on = True
         code = self.kill_and_reap()
         if isinstance(error, _BrokenWorkerError):
             failure = _Failure(BrokenProcessPool(str(error)))
             failure.ends_run = error.what == _INITIALIZER_HAS_FAILED
             _set_cause(failure.error, error.text)
             return failure
+        if process is None:
+            return _Failure(error)  # it could not be started
         if isinstance(error, (TimeoutError, BlockingIOError)):
-            text, seconds, hint = "a worker was not ready after", function.patience, ""
-            if is_ready and isinstance(error, BlockingIOError):
-                text = "a worker has stalled in the midst of a message for"
-            elif page:
-                text, seconds = (
-                    "a task has taken longer than the timeout of",
-                    function.limit,
-                )
-                if page[_BEGUN] == page[_ENDED]:
-                    text = "to send results has taken longer than the timeout of"
-                elif done + job.begun == job.size and page[_BEGUN] == job.begun + 1:
-                    hint = (
-                        "; it was the first in its worker: what task_func builds on its "
-                        "first call counts, what __setstate__ or an initializer builds "
-                        "does not"
-                    )
-            error = _TaskTimeoutError(f"{text} {seconds!r} seconds{hint}")
-        elif was_started and (
-            isinstance(error, (EOFError, ConnectionError))
-            or (isinstance(error, OSError) and error.errno is None)
+            is_stalled = is_ready and isinstance(error, BlockingIOError)
+            text = _time_out_text(job.function, is_stalled, page, job.begun, is_first)
+            return _Failure(_TaskTimeoutError(text))
+        if isinstance(error, (EOFError, ConnectionError)) or (
+            isinstance(error, OSError) and error.errno is None
         ):
-            text = f"a worker process has died{'' if is_ready else ' as it started'}"
-            text += f": {_exit_code_text(code, function.files)}"
-            if code == 0 and not is_ready:
+            text = f"a worker process has died{'' if is_ready else ' as it started'}: "
+            text += _exit_code_text(code, job.function.files)
+            if goes_on:
+                text = "a worker process has closed its connection: it was killed"
+            elif code == 0 and not is_ready:
+                read = "half a message" if error.args else "nothing"
                 text += (
-                    f", and {'half a message' if error.args else 'nothing'} was read from it: "
+                    f", and {read} was read from it: "
                     f"{multiprocessing.spawn.get_executable()!r} is no Python, or a "
                     "frozen program that does not call multiprocessing."
                     "freeze_support(); or what it imports has ended it"
@@ -3405,7 +3438,7 @@ class _Worker:
 
     def forget(self) -> None:
         """Let an idle worker keep nothing of a run that has ended."""
-        if self.function is not None and self.function.is_over:
+        if self.function is not None and self.function.run_has_ended:
             self.function = None
             with contextlib.suppress(EOFError, OSError):  # the next job will find out
                 self.connection.send_bytes(_FORGET)
@@ -3451,6 +3484,32 @@ class _BrokenWorkerError(Exception):
         super().__init__(f"{self.what}: {summary}")
 
 
+def _time_out_text(
+    function: _FunctionMessage, is_stalled: bool, page: Any, before: int, is_first: bool
+) -> str:
+    """Return what has taken too long.
+
+    There is a *page* if the worker had been sent tasks; *before* of these had begun in
+    other workers.
+    """
+    if is_stalled:
+        what = "a worker has stalled in the midst of a message for"
+        return f"{what} {function.patience!r} seconds"
+    if not page:
+        return f"a worker was not ready after {function.patience!r} seconds"
+    if page[_BEGUN] == page[_ENDED]:
+        what = "to send results has taken longer than the timeout of"
+        return f"{what} {function.limit!r} seconds"
+    what = "a task has taken longer than the timeout of"
+    text = f"{what} {function.limit!r} seconds"
+    if is_first and page[_BEGUN] == before + 1:
+        text += (
+            "; it was the first in its worker: what task_func builds on its first call "
+            "counts, what __setstate__ or an initializer builds does not"
+        )
+    return text
+
+
 # What Windows makes the exit code of a process that it ends.
 _CODES_OF_WINDOWS = {
     0xC0000005: "access violation",
@@ -3487,7 +3546,7 @@ def _attend(
         worker.start_error = error  # for the first job
     while True:
         try:
-            # To see soon that the run of its function has ended, or when to leave.
+            # A short wait while it has a function, to forget it soon after its run.
             seconds = 10 * _WAIT_SLICE if worker.function is None else _WAIT_SLICE / 2
             due = time.monotonic() + seconds
             job = jobs.get(timeout=seconds)
@@ -3525,7 +3584,7 @@ def _serve(connection: Any, page_name: Any, sentinel: Any) -> None:
     if os.name == "posix":
         os.close(page_name)
         os.set_inheritable(connection.fileno(), False)
-        # A fork is not to keep the connection open, nor to count.
+        # What a task forks is not to keep the connection open, nor to count.
         os.register_at_fork(after_in_child=connection.close)
         os.register_at_fork(after_in_child=page.release)
         _hold_life_line(sentinel)
@@ -3547,7 +3606,7 @@ def _serve(connection: Any, page_name: Any, sentinel: Any) -> None:
 
 
 class _ProgramEnded(BaseException):
-    """In a worker: the connection has ended; or this is a fork, come back from a task."""
+    """In a worker: the connection has ended; or this is a fork that a task has left."""
 
 
 class _InitializerFailed(BaseException):
@@ -3576,7 +3635,7 @@ class _Server:
         self.pickler = _ReplyPickler(reducers)
         self.pickler.page = self.page
         self.reply(_READY)
-        # To forget a function need not look at what is there already. PyPy has none.
+        # Later collections skip what is there by now. PyPy has no gc.freeze.
         getattr(gc, "freeze", gc.collect)()
         function: Any = None
         send: Any = None
@@ -3587,7 +3646,7 @@ class _Server:
                 what = "task_func" if function is None else "the task"
                 what += " cannot be unpickled in a worker"
                 raise _unpickling_error(what, error) from error
-            if messages[0][:1] in (_TASK, _TASKS):
+            if messages[0][:1] in (_ONE_TASK, _MANY_TASKS):
                 start = time.perf_counter_ns()
                 reply = function.answer(messages, self.pickler, None, send)
                 self.page[_NANOSECONDS] = time.perf_counter_ns() - start
@@ -3707,12 +3766,14 @@ class _Pool:
 
         In both cases, what their tasks have started ends with them.
         """
-        with _state.starting:  # none is in the middle of that
+        with _state.starting:  # no process is being started
             self.dismiss()
-        found = [w for w in self.workers if kill or not w.is_ready]
-        _kill([w.process for w in found if w.process is not None])
+        found = [w.process for w in self.workers if kill or not w.is_ready]
+        _kill([process for process in found if process is not None])
         for worker in self.workers:
-            with contextlib.suppress(RuntimeError):  # it could not be started
+            with contextlib.suppress(
+                RuntimeError
+            ):  # it was not started, or is this one
                 _wait_in_slices(worker.thread.join, 2 * _PATIENCE)
 
 
@@ -3780,10 +3841,10 @@ def _time_of_change(file: str) -> int:
 
 
 def _take_off_list(pool: _Pool) -> bool:
-    """Take a pool off the list, which decides who has it; return whether that worked."""
+    """Take a pool off the list; return False if another thread has taken it."""
     try:
         _state.idle_pools.remove(pool)
-    except ValueError:  # another thread has taken it
+    except ValueError:
         return False
     return True
 
@@ -3803,9 +3864,10 @@ def _stop_idle_pools(most: int = 0) -> None:
 
 
 # What a session is on Windows: a job object of each worker, which all that it starts is
-# in. Windows kills that when the last handle is closed. The program has the only one, so
-# that nothing survives it, in whatever way it ends. The worker joins by the name of the
-# job, since what was started may be the launcher of a venv, whose child is the worker.
+# in. Windows kills that when the last handle is closed. The program has the only one,
+# so that nothing survives it, in whatever way it ends. The worker joins by the name of
+# the job, since what was started may be the launcher of a venv, whose child is the
+# worker.
 
 
 def _new_job_object(name: str) -> Any:
@@ -3915,7 +3977,8 @@ _READ_ONLY = (
     "change its own view, max_nbytes=None sends copies"
 )
 
-# The last lines of tracebacks, in which numpy and Python say that an array is mapped so.
+# The last lines of tracebacks, in which numpy and Python say that an array is mapped
+# so.
 _SAYS_READ_ONLY = re.compile(
     r"^[ |]*(Buffer|Type|Value)Error: .*("
     r"\b(array|buffer|destination|memory|out)\b.*\b(read.?only|write?able)\b"
@@ -3924,7 +3987,7 @@ _SAYS_READ_ONLY = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 
-# Folders of arrays have joblib's own name, by which others look for them.
+# Folders of arrays have the name that joblib gives its own, which some tools remove.
 _FOLDER_NAME = "joblib_memmapping_folder_"
 
 
@@ -4018,7 +4081,7 @@ class _ArrayFiles:
         self.dropped: deque[_ArrayReference] = deque()  # of arrays that are no more
         self.kept: list[Any] = []  # references to the arrays of what is pickled
         self.of_function: list[Any] = []
-        self.weight = 0  # bytes of all arrays
+        self.weight = 0  # bytes of all arrays that were copied or put into files
         self.is_tracked = False
         limit = options["max_nbytes"]
         self.max_nbytes = math.inf if limit is None else limit
@@ -4027,21 +4090,23 @@ class _ArrayFiles:
         self.reducers = {**_array_reducers(self), **user_reducers}
 
     def __call__(self, array: Any) -> Any:
-        self.weight += array.nbytes
         mapping = _reduce_to_mapping(array)
         if mapping is not None:
             return mapping
         if array.nbytes <= self.max_nbytes or array.dtype.hasobject:
+            self.weight += array.nbytes
             return _reduce_to_copy(array)
         self.kept.append(array)
         reference = self.files.get(id(array))
         if reference is None or reference() is not array:
             reference = self.written(array)
-        return joblib.load, (reference.file, self.mode, False)  # in its own byte order
+        # False: not converted to the byte order of the machine.
+        return joblib.load, (reference.file, self.mode, False)
 
     def written(self, array: Any) -> _ArrayReference:
         """Put an array into a file, which is removed after it."""
         # The callback is no Python code, in which a signal handler could raise.
+        self.weight += array.nbytes
         reference = _ArrayReference(array, self.dropped.append)
         reference.key = id(array)
         try:
@@ -4065,7 +4130,7 @@ class _ArrayFiles:
         module = importlib.import_module("joblib._memmapping_reducer")
         folder, _ = _private(module, "_get_temp_dir")(name, self.root)
         with contextlib.suppress(OSError):
-            os.rmdir(folder)  # it has been made, but for everybody
+            os.rmdir(folder)  # it may have been made, but readable by everybody
         os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
         self.folder = folder  # first, as an interrupt may come in between
         os.mkdir(folder, mode=0o700)
@@ -4097,7 +4162,7 @@ class _ArrayFiles:
 
     def close(self) -> None:
         """Remove all files."""
-        self.reducers.clear()  # they refer to this
+        self.reducers.clear()  # since they refer to this
         self.files.clear()
         self.kept, self.of_function = [], []
         folder, self.folder = self.folder, None
@@ -4147,7 +4212,7 @@ class _State:
     def __init__(self, max_idle: int) -> None:
         self.open_runs: set[_Lifetime] = set()
         self.pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all
-        self.idle_pools: list[_Pool] = []  # only changed by atomic calls: has no lock
+        self.idle_pools: list[_Pool] = []  # its methods are atomic, so it has no lock
         self.max_idle = max_idle
         self.folders: dict[str, bool] = {}  # to be removed; the tracker knows of those
         # All starts of processes hold this, and forks wait for it: a fork in the middle
@@ -4163,8 +4228,8 @@ _inherited: list[Any] = []  # what a fork has of its parent, and must not collec
 class _Lifetime:
     """Who reads a run, what it has started, and whether it has ended.
 
-    Any thread may call `end` and `fail`; `_end` is called in a thread of its own; the
-    rest is for the consumer's thread.
+    Any thread may call `end` and `fail`; `_end` is called in a thread of its own if one
+    can be started; the rest is for the consumer's thread.
     """
 
     def __init__(self, run: _Run) -> None:
@@ -4175,7 +4240,7 @@ class _Lifetime:
         self.is_at_work = False  # inside of the engine
         self.is_busy = False  # something is out
         self.has_failed = False  # the engine, which takes no more
-        self.end_once = threading.Lock()  # test-and-set: it is never released
+        self.end_lock = threading.Lock()  # test-and-set: it is never released
         self.ended = threading.Event()  # set if there is nothing to end
         self.ended.set()
 
@@ -4199,13 +4264,13 @@ class _Lifetime:
             self.engine.end(kill=True)
 
     def is_over(self) -> bool:
-        return self.end_once.locked()
+        return self.end_lock.locked()
 
     def takes_more(self) -> bool:
         return not (self.has_failed or self.is_over())
 
     def end(self) -> None:
-        """End the run, and wait for that if it is this thread's. May be called again.
+        """End the run; wait for that if this thread was the last to read it.
 
         It is done in another thread, where no signal handler interrupts it, and which
         can wait for locks that this one may hold: the garbage collector may call this
@@ -4216,15 +4281,15 @@ class _Lifetime:
         # If an interrupt comes in between, the finalizer of the run does it again.
         _call_in_thread(self._end)
         me = threading.current_thread()
-        is_busy = any(
+        is_inside_an_engine = any(
             other.is_at_work and other.reader is me for other in [*_state.open_runs]
         )
-        if self.reader is me and not is_busy:
+        if self.reader is me and not is_inside_an_engine:
             _wait_in_slices(self.ended.wait, 10)
 
     def _end(self) -> None:
         """Call off what is out; stop the workers, or keep them for the next run."""
-        if not self.end_once.acquire(blocking=False):
+        if not self.end_lock.acquire(blocking=False):
             return
         try:
             self.engine.end(kill=self.is_busy or self.has_failed)
@@ -4284,7 +4349,7 @@ def _at_exit(pid: int) -> None:
         reader = lifetime.reader
         if reader is threading.main_thread() or not reader.is_alive():
             # Whoever reads on, in a hook that comes later, must not take it for the
-            # end.
+            # end of the results.
             lifetime.fail(
                 RuntimeError("the run was ended, since the interpreter exits")
             )
@@ -4293,7 +4358,7 @@ def _at_exit(pid: int) -> None:
         else:
             read_on.add(lifetime.engine.pool)  # `threading` waits for it
             continue
-        lifetime.end()
+        _call_in_thread(lifetime._end)
         _wait_in_slices(lifetime.ended.wait, 10)
     for pool in {*_state.pools} - read_on:
         pool.stop()
@@ -4301,7 +4366,7 @@ def _at_exit(pid: int) -> None:
 
 
 def _after_fork() -> None:
-    """In a fork: release what the parent's runs have, and touch none of it."""
+    """In a fork: let go of what belongs to the parent, without stopping it."""
     global _state
     for lifetime in _state.open_runs:
         # Its lock may be held by a thread of the parent.
