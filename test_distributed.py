@@ -9,6 +9,7 @@ interface, the promises of `Joblib`, the arguments of its `setup`, what it raise
 and Ray, the README, the soak, and the benchmarks.
 """
 
+import asyncio
 import bdb
 import collections
 import contextlib
@@ -8513,6 +8514,57 @@ def test_what_the_readme_says_of_others(
 EXAMPLES = re.findall(
     r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", README.read_text(), re.DOTALL
 )
+
+
+class Reader:
+    """Reads a run by the `stream` of the README; its last task waits for a file."""
+
+    def __init__(self, folder):
+        (source,) = [source for source, _ in EXAMPLES if "asyncio" in source]
+        source = source.partition("async def main")[0]
+        source = source.replace("from yourpackage.distributed import Joblib\n", "")
+        names = {}
+        eval(compile(source, "<README>", "exec"), names)
+        self.go = folder / "go"
+        tasks = [value(0), await_path(self.go)]
+        self.results = Joblib.setup(run, tasks, 2, return_as="generator")
+        self.items = names["stream"](self.results)
+        self.received = []
+        self.reported = []  # to the event loop
+
+    async def read(self):
+        async with contextlib.aclosing(self.items) as items:
+            async for item in items:
+                self.received.append(item)
+
+    async def main(self, cancellations):
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: self.reported.append(context))
+        reader = asyncio.create_task(self.read())
+        while not (self.received and self.results.gi_running):
+            await asyncio.sleep(0.01)
+        for _ in range(cancellations):
+            reader.cancel()
+            await asyncio.wait([reader], timeout=0.1)  # until it closes the run
+        is_done = reader.done()
+        self.go.touch()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        assert is_done == (cancellations == 2)  # it waits no more
+
+
+@pytest.mark.readme
+@pytest.mark.parametrize("cancellations", [1, 2])
+def test_a_run_that_asyncio_reads_is_closed_though_its_reader_is_cancelled(
+    tmp_path, cancellations, capfd
+):
+    reader = Reader(tmp_path)
+    asyncio.run(reader.main(cancellations))
+    if cancellations == 2:  # it did not wait for that
+        wait_until(lambda: reader.results.gi_frame is None)
+    assert reader.results.gi_frame is None
+    assert reader.reported == []
+    assert capfd.readouterr() == ("", "")
 
 
 @once
