@@ -81,19 +81,11 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NamedTuple,
-    TypedDict,
-    TypeVar,
-    Unpack,
-    cast,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
 
 if TYPE_CHECKING:
+    from typing import TypedDict, Unpack
+
     # joblib has no type hints; joblib-stubs lacks what backends are written against.
     # So it is Any to a checker: hence `cast`, `bytes()` and the like.
     joblib: Any
@@ -318,28 +310,30 @@ class SingleProcess(DistributedBackend):
         """
 
 
-class _Options(TypedDict, total=False):
-    """Options of `Joblib.setup` for type checkers, but *errors* and *return_tasks*.
+if TYPE_CHECKING:
 
-    Of options that only one engine has, they know those of joblib and Ray.
-    """
+    class _Options(TypedDict, total=False):
+        """Options of `Joblib.setup` for type checkers, but *errors* and *return_tasks*.
 
-    backend: str | Any  # an instance: joblib has no types
-    return_as: Literal["generator_unordered", "generator"]
-    timeout: float | None
-    maxtasksperchild: int | None
-    batch_size: int | Literal["auto"]
-    pre_dispatch: int | str
-    initializer: Callable[..., object] | None
-    initargs: tuple[Any, ...]
-    idle_worker_timeout: float | None
-    verbose: float
-    max_nbytes: float | str | None
-    mmap_mode: Literal["r", "r+", "w+", "c"] | None
-    temp_folder: str | os.PathLike[str] | None
-    prefer: Literal["processes", "threads"] | None
-    require: Literal["sharedmem"] | None
-    ray_remote_args: dict[str, Any] | None
+        Of options that only one engine has, they know those of joblib and Ray.
+        """
+
+        backend: str | Any  # an instance: joblib has no types
+        return_as: Literal["generator_unordered", "generator"]
+        timeout: float | None
+        maxtasksperchild: int | None
+        batch_size: int | Literal["auto"]
+        pre_dispatch: int | str
+        initializer: Callable[..., object] | None
+        initargs: tuple[Any, ...]
+        idle_worker_timeout: float | None
+        verbose: float
+        max_nbytes: float | str | None
+        mmap_mode: Literal["r", "r+", "w+", "c"] | None
+        temp_folder: str | os.PathLike[str] | None
+        prefer: Literal["processes", "threads"] | None
+        require: Literal["sharedmem"] | None
+        ray_remote_args: dict[str, Any] | None
 
 
 class Joblib(DistributedBackend):
