@@ -21,6 +21,7 @@ import gc
 import importlib.util
 import inspect
 import itertools
+import math
 import multiprocessing
 import operator
 import os
@@ -8891,6 +8892,35 @@ def mpire():
 
 
 @contextlib.contextmanager
+def tuned_mpire():
+    def run(function, tasks):
+        tasks = [(task,) for task in tasks]
+        return workers.imap_unordered(function, tasks, chunk_size=1000)
+
+    with importlib.import_module("mpire").WorkerPool(2) as workers:
+        yield run
+
+
+@contextlib.contextmanager
+def tuned_pebble():
+    with importlib.import_module("pebble").ProcessPool(2) as workers:
+        yield lambda function, tasks: workers.map(
+            function, tasks, chunksize=1000
+        ).result()
+
+
+@contextlib.contextmanager
+def in_threads():
+    yield functools.partial(Joblib.setup, num_workers=2, backend="threading")
+
+
+@contextlib.contextmanager
+def thread_pool():
+    with ThreadPoolExecutor(2) as threads:
+        yield threads.map
+
+
+@contextlib.contextmanager
 def limit():
     """What two cores could do at best: half of the tasks, one after another."""
     yield lambda function, tasks: map(function, itertools.islice(tasks, 0, None, 2))
@@ -9003,6 +9033,10 @@ NAMES = {
     surviving: "this module",
     surviving_pebble: "pebble",
     pebble: "pebble",
+    tuned_mpire: "mpire",
+    tuned_pebble: "pebble",
+    in_threads: "this module",
+    thread_pool: "`ThreadPoolExecutor.map`",
     this_module: "this module",
     one_by_one: "this module, `batch_size=1`",
     pool_with_initializer: "Pool with an initializer",
@@ -9029,6 +9063,7 @@ def busy(milliseconds):
 
 
 trivial = inspect.isclass  # a function of a line of Python, which all can send
+pair = math.frexp  # returns two numbers
 
 WORKLOADS = {
     "100,000 trivial tasks": (
@@ -9056,6 +9091,14 @@ WORKLOADS = {
             limit,
         ],
     ),
+    "200,000 tasks that return pairs": (
+        lambda: (pair, range(200_000)),
+        [this_module, plain_joblib, tuned_pool, tuned_mpire, tuned_pebble],
+    ),
+    "100,000 trivial tasks, in threads": (
+        lambda: (trivial, range(100_000)),
+        [in_threads, thread_pool],
+    ),
     "3,000 trivial tasks one by one": (
         lambda: (trivial, range(3000)),
         [one_by_one, executor, pool, pebble],
@@ -9078,6 +9121,10 @@ WORKLOADS = {
         [*RIVALS, limit],
     ),
     "16 trivial tasks": (lambda: (trivial, range(16)), [this_module, plain_joblib]),
+    "50 trivial tasks": (
+        lambda: (trivial, range(50)),
+        [this_module, plain_joblib, pool, executor],
+    ),
     "a method of a heavy model, 200 of 5 ms": (
         lambda: (heavy(0), [5] * 200),
         [this_module, one_by_one, plain_joblib, pool, pool_with_initializer],
