@@ -648,7 +648,8 @@ class Joblib(DistributedBackend):
         ------
         TypeError, ValueError, ImportError
             At once, if an argument is invalid, or if the package of *backend* is
-            missing or hidden; the message names the argument and shows the value. If
+            missing or hidden, or if *task_func* is a coroutine or generator function
+            for processes; the message names the argument and shows the value. If
             a formula of *pre_dispatch* comes to 0 for the workers that turn up, it is
             raised from the generator.
         pickle.PicklingError
@@ -762,6 +763,19 @@ def _check_task_func(task_func: Any) -> None:
             "task_func must take one argument, the task: for several, use "
             f"lambda task: f(*task); got {task_func!r} with {signature}"
         ) from None
+
+
+def _check_that_results_travel(task_func: Any) -> None:
+    for is_one, what, instead in (
+        (inspect.iscoroutinefunction, "a coroutine", "asyncio.run(f(task))"),
+        (inspect.isgeneratorfunction, "a generator", "list(f(task))"),
+        (inspect.isasyncgenfunction, "an asynchronous generator", "asyncio.run(...)"),
+    ):
+        if is_one(task_func) or is_one(type(task_func).__call__):
+            raise TypeError(
+                f"task_func must not return {what}, which no process can send to "
+                f"another: use lambda task: {instead}; got {task_func!r}"
+            )
 
 
 def _checked_num_workers(num_workers: int | None) -> int:
@@ -1345,7 +1359,10 @@ class _Run:
         self.returns_tasks = options.pop("return_tasks", False)
         self.timeout: float | None = options.pop("timeout", None)
         self.max_tasks: int | None = options.pop("maxtasksperchild", None)
+        shares_memory = getattr(backend, "supports_sharedmem", False)
         self.engine = _engine_class(backend)(backend)
+        if not shares_memory and (n_jobs != 1 or isinstance(self.engine, _Dask)):
+            _check_that_results_travel(task_func)
         self.parallel = self.engine.configure(n_jobs, options)
         self.lifetime = _Lifetime(self)
         self.given_tasks = tasks  # which may have a length; its iterator has none
@@ -2189,7 +2206,35 @@ _LARGE_PICKLE = 30_000  # bytes
 
 
 def _common_reducers() -> dict[Any, Any]:
-    return {types.CodeType: _reduce_code, **_array_reducers(_reduce_to_copy)}
+    return {
+        types.CodeType: _reduce_code,
+        type(functools.cache(abs)): _reduce_cached,
+        # A function of functools.singledispatch has one.
+        weakref.WeakKeyDictionary: lambda known: (type(known), (dict(known),)),
+        **_array_reducers(_reduce_to_copy),
+    }
+
+
+def _reduce_cached(function: Any) -> Any:
+    """Reduce what lru_cache has made as cloudpickle does a function; without the cache.
+
+    That is: to its name, if workers can import it from there.
+    """
+    kind = _loky("backend.reduction").get_loky_pickler()
+    by_value = sys.modules[kind.__mro__[1].__module__].list_registry_pickle_by_value()
+    names = itertools.accumulate(function.__module__.split("."), "{}.{}".format)
+    found: Any = functools.reduce(
+        lambda owner, name: getattr(owner, name, None),
+        function.__qualname__.split("."),
+        sys.modules.get(function.__module__),
+    )
+    if found is function and not {"__main__", *by_value}.intersection(names):
+        return function.__reduce__()
+    return _InWorker("_cached"), (function.__wrapped__, function.cache_parameters())
+
+
+def _cached(function: Any, settings: dict[str, Any]) -> Any:
+    return functools.lru_cache(**settings)(function)
 
 
 def _reduce_code(code: types.CodeType) -> Any:
@@ -2227,8 +2272,8 @@ def _unpickling_error(what: str, error: BaseException) -> pickle.UnpicklingError
         )
     elif isinstance(error, AttributeError) and not trace.tb_next:  # of pickle itself
         message += (
-            ": what the program has wrapped (as by lru_cache) or made with slots is "
-            "sent by its name, which other processes do not have: put it into a module"
+            ": what the program has wrapped or made with slots is sent by its name, "
+            "which other processes do not have: put it into a module"
         )
     failure = pickle.UnpicklingError(message)
     failure.__cause__ = error.with_traceback(trace and trace.tb_next)

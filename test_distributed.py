@@ -5794,12 +5794,17 @@ def test_a_module_that_workers_cannot_find_is_told_of(monkeypatch, what):
 
 
 WRAPPED = """
-    import functools, sys
+    import sys
     from yourpackage.distributed import FailedTask, Joblib
 
-    @functools.lru_cache
-    def work(task):
-        return 2 * task
+    class Wrapped:
+        def __reduce__(self):
+            return "work"
+
+        def __call__(self, task):
+            return 2 * task
+
+    work = Wrapped()
 
     if __name__ == "__main__":
         backend, what = sys.argv[1:]
@@ -5819,8 +5824,148 @@ def test_a_wrapped_function_of_the_program_is_told_of(program, what):
     assert ("task_func" if what == "function" else "the task") in output
     assert "AttributeError: " in output
     assert "'work'" in output
-    assert "lru_cache" in output
     assert "put it into a module" in output
+
+
+DECORATED = """
+    import functools, sys
+    import helpers_with_caches as helpers
+    from yourpackage.distributed import Joblib
+
+    @functools.lru_cache(maxsize=5, typed=True)
+    def fibonacci(n):
+        return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+    @functools.cache
+    def twice(n):
+        return 2 * helpers.fibonacci(n)
+
+    @functools.singledispatch
+    def kind(task):
+        return "any"
+
+    @kind.register
+    def _(task: int):
+        return "int"
+
+    class Model:
+        @functools.lru_cache
+        def cached(self, task):
+            return task
+
+        @functools.singledispatchmethod
+        def kind(self, task):
+            return "any"
+
+        @kind.register
+        def _(self, task: int):
+            return "int"
+
+    def info(task):
+        fibonacci(1)
+        return tuple(fibonacci.cache_info()), fibonacci.cache_parameters()["typed"]
+
+    def local():
+        return functools.cache(lambda task: task + 1)
+
+    if __name__ == "__main__":
+        setup = functools.partial(Joblib.setup, num_workers=2, backend=sys.argv[1])
+        fibonacci(10), kind(1), Model().cached(1)
+        print(*setup(fibonacci, [10]), *setup(twice, [10]), *setup(local(), [1]))
+        print(*setup(Model().cached, [3]), *setup(helpers.Model().cached, [4]))
+        print(*sorted(setup(kind, [1, "x"])), *sorted(setup(Model().kind, [1, "x"])))
+        print(*setup(info, [1]))
+        print(*sorted(setup(lambda task: task(10), [fibonacci, twice])))
+        is_that_of_the_module = lambda task: task is helpers.fibonacci
+        print(*setup(is_that_of_the_module, [helpers.fibonacci]))
+"""
+
+HELPERS = """
+import functools
+
+@functools.cache
+def fibonacci(n):
+    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+fibonacci(3)
+
+class Model:
+    @functools.cache
+    def cached(self, task):
+        return task
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["loky", *CLUSTERS])
+def test_decorated_functions_of_the_program_travel(program, tmp_path, name):
+    (tmp_path / "helpers_with_caches.py").write_text(HELPERS)
+    source = DECORATED
+    if name != "loky":
+        pytest.importorskip(name)
+        begin = {
+            "dask": "from dask.distributed import Client, LocalCluster; cluster = "
+            "LocalCluster(n_workers=1, dashboard_address=None); client = Client(cluster)",
+            "ray": "import ray; ray.init(num_cpus=2, include_dashboard=False)",
+        }
+        main = 'if __name__ == "__main__":\n'
+        source = source.replace(main, f"{main}        {begin[name]}\n")
+    process = program(source, name, warnings="default")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert output.splitlines()[-6:] == [
+        "55 110 2",
+        "3 4",
+        "any int any int",
+        "((0, 1, 5, 1), True)",
+        "55 110",
+        "True",
+    ]
+
+
+async def coroutine(task):
+    return task
+
+
+async def asynchronous_generator(task):
+    yield task
+
+
+def generator(task):
+    yield task
+
+
+class CallsCoroutine:
+    async def __call__(self, task):
+        return task
+
+
+RESULTS_STAY = {
+    "asyncio.run(f(task))": coroutine,
+    "asyncio.run(...)": asynchronous_generator,
+    "list(f(task))": generator,
+    "a coroutine": CallsCoroutine(),
+    "a generator": functools.partial(generator),
+}
+
+
+@pytest.mark.alike
+@pytest.mark.parametrize("what", RESULTS_STAY)
+def test_results_that_cannot_be_sent_are_an_error_at_once(pickling_setup, what):
+    with pytest.raises(TypeError) as caught:
+        pickling_setup(RESULTS_STAY[what], [1])
+    assert "task_func must not return a" in str(caught.value)
+    assert what in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "threading"}, {"num_workers": 1}, {"prefer": "threads"}]
+)
+def test_results_need_not_be_sent_by_threads(options):
+    (result,) = Joblib.setup(generator, [1], **{"num_workers": 2, **options})
+    assert list(result) == [1]
+    (result,) = SingleProcess.setup(coroutine, [1])
+    result.close()
 
 
 def test_what_is_done_for_each_task():
