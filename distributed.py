@@ -3249,6 +3249,7 @@ class _Worker:
             # A process group of its own gets no Ctrl-C.
             options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
         else:
+            os.set_blocking(theirs.fileno(), True)  # gevent makes others
             options["pass_fds"] = theirs.fileno(), reader, page.name
             options["start_new_session"] = True
         command = multiprocessing.spawn.get_command_line(
@@ -3431,9 +3432,10 @@ class _Worker:
             self.patience = patience
             value = struct.pack("ll", math.ceil(min(patience, 1e9)), 0)
             with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
-                end.settimeout(None)  # as the connection is, whatever the default is
                 for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                     end.setsockopt(socket.SOL_SOCKET, option, value)
+            # That may have changed, by socket.setdefaulttimeout() or gevent.
+            os.set_blocking(self.connection.fileno(), True)
 
     def kill_and_explain(self, error: Exception, job: _Job, page: Any) -> _Failure:
         """Kill the process; return what has become of it."""

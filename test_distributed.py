@@ -3814,6 +3814,34 @@ def test_whatever_an_attendant_meets_is_reported(processes, monkeypatch):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("options", [{}, {"errors": "return", "timeout": 60}])
+def test_sockets_may_be_without_blocking(begun, options):
+    # As those of gevent are, whose own methods wait instead.
+    source = f"""
+    import socket
+    pair = socket.socketpair
+
+    class Socket(socket.socket):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            super().setblocking(False)
+
+        def setblocking(self, flag):
+            pass
+
+        settimeout = setblocking
+
+    socket.socketpair = lambda: [Socket(fileno=end.detach()) for end in pair()]
+    socket.socket = Socket
+    if __name__ == "__main__":
+        for size in (1, 1_000_000):
+            tasks = [b"x" * size] * 9
+            print(sum(map(len, Joblib.setup(lambda task: task, tasks, 2, **{options}))))
+    """
+    assert output_of(begun(source)) == "9\n9000000\n"
+
+
+@pytest.mark.once
 def test_the_error_of_a_dead_worker_is_shown_as_it_is():
     _, error = collect(Joblib.setup(eval, [KILL] * 2, num_workers=2), BrokenExecutor)
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
