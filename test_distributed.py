@@ -8764,6 +8764,77 @@ def test_examples(program, source, output):
     assert output_of(program(source)) == output
 
 
+def example_with(word):
+    ((source, _),) = [example for example in EXAMPLES if word in example[0]]
+    return source
+
+
+@pytest.mark.slow
+def test_numbers_of_workers_are_given_back_by_deaths(program):
+    source = example_with("take_number").replace("range(20)", "range(100)")
+    source = source.replace("% 5 == 4", "% 3 == 2")
+    assert output_of(program(source)) == "100 results, True\n"
+    process = program(source.replace("range(count)", "range(1)"))  # one too few
+    assert "all of 2 numbers are taken" in process.communicate()[1]
+
+
+@pytest.mark.engines
+@pytest.mark.locally
+def test_what_tasks_log_on_dask_can_be_sent_to_the_program(dask, caplog):
+    dask.forward_logging(level="INFO")
+    try:
+        task = "__import__('logging').warning('a word of a task')"
+        assert list(Joblib.setup(eval, [task], backend="dask")) == [None]
+        wait_until(lambda: "a word of a task" in caplog.text)
+    finally:
+        dask.unforward_logging()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("make", ["Queue", "Lock"])
+def test_queues_and_locks_among_initargs_are_told_of(processes, make):
+    initargs = (getattr(multiprocessing, make)(),)
+    results = processes(abs, [1], initializer=id, initargs=initargs)
+    _, error = collect(results, pickle.PicklingError)
+    assert "initargs" in str(error)
+    assert "Manager()" in notes_of(error)[0]
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        initargs = (getattr(manager, make)(),)
+        results = processes(abs, [1], initializer=id, initargs=initargs)
+        assert list(results) == [1]
+        Joblib.shutdown()
+
+
+@pytest.mark.once
+def test_the_order_of_sets_can_be_made_the_same(begun):
+    source = """
+    if __name__ == "__main__":
+        os.environ["PYTHONHASHSEED"] = "0"
+        run = lambda task: (time.sleep(0.1), os.getpid(), hash("text"))[1:]
+        workers, hashes = zip(*Joblib.setup(run, range(6), 2, batch_size=1))
+        print(len({*workers}), len({*hashes}))
+    """
+    assert output_of(begun(source)) == "2 1\n"
+
+
+@pytest.mark.once
+def test_tasks_may_start_processes_of_multiprocessing(begun):
+    source = """
+    def start(task):
+        queue = multiprocessing.Queue()
+        process = multiprocessing.Process(target=queue.put, args=(task,))
+        process.start()
+        result = queue.get()
+        process.join()
+        return result
+
+    if __name__ == "__main__":
+        multiprocessing.set_start_method("fork")
+        print(sum(Joblib.setup(start, range(4), 2)))
+    """
+    assert output_of(begun(source)) == "6\n"
+
+
 @pytest.mark.engines
 @pytest.mark.parametrize(
     ("source", "output"),
