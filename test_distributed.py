@@ -3715,6 +3715,7 @@ def signal_self(name):
     return f"__import__('os').kill(__import__('os').getpid(), {signal.Signals[name]})"
 
 
+@needs_signals
 @pytest.mark.once
 @pytest.mark.parametrize("errors", ["raise", "return"])
 def test_exit_codes_of_workers_have_names(processes, errors):
@@ -3750,6 +3751,7 @@ writes_in_c = lambda array: (
 )
 
 
+@needs_signals
 @pytest.mark.once
 @pytest.mark.parametrize("errors", ["raise", "return"])
 def test_a_task_that_writes_to_a_mapped_array_from_c_is_told_what_to_do(
@@ -3768,6 +3770,7 @@ def test_a_task_that_writes_to_a_mapped_array_from_c_is_told_what_to_do(
     assert "read-only" not in str(error)
 
 
+@needs_shell
 @pytest.mark.once
 @pytest.mark.parametrize("errors", ["raise", "return"])
 def test_a_program_that_serves_as_no_worker_is_an_error(begun, errors):
@@ -3813,6 +3816,7 @@ def test_whatever_an_attendant_meets_is_reported(processes, monkeypatch):
     assert error.args == ("no descriptor is free",)
 
 
+@needs_shell
 @pytest.mark.once
 @pytest.mark.parametrize("options", [{}, {"errors": "return", "timeout": 60}])
 def test_sockets_may_be_without_blocking(begun, options):
@@ -4167,6 +4171,7 @@ def stand_still(process, seconds):
         os.kill(pid, signal.SIGCONT)
 
 
+@needs_signals
 @pytest.mark.once
 @pytest.mark.parametrize("backend", ENGINES)
 def test_the_time_in_which_the_program_is_suspended_does_not_count(
@@ -4185,6 +4190,7 @@ def test_the_time_in_which_the_program_is_suspended_does_not_count(
     assert output_of(process) == "5\n"
 
 
+@needs_signals
 @pytest.mark.once
 def test_the_time_in_which_the_program_is_suspended_does_not_count_as_idle(begun):
     source = """
@@ -8769,6 +8775,7 @@ def example_with(word):
     return source
 
 
+@needs_shell
 @pytest.mark.slow
 def test_numbers_of_workers_are_given_back_by_deaths(program):
     source = example_with("take_number").replace("range(20)", "range(100)")
@@ -8817,6 +8824,7 @@ def test_the_order_of_sets_can_be_made_the_same(begun):
     assert output_of(begun(source)) == "2 1\n"
 
 
+@needs_fork
 @pytest.mark.once
 def test_tasks_may_start_processes_of_multiprocessing(begun):
     source = """
