@@ -365,10 +365,10 @@ class Joblib(DistributedBackend):
     *Ends cleanly.* Closing the generator ends the run, as do ``break`` in a loop that
     holds its only reference, ``del``, an error and leaving the interpreter. No further
     task begins. Worker processes that are busy are killed, with all programs that their
-    tasks have started (a worker leads a session, which is killed with it); nothing is
-    printed or warned of, and no file is left. On Linux nothing is left, either, if the
-    program itself is killed, or crashes; but then loky's resource tracker may warn of a
-    folder of arrays that it removes.
+    tasks have started (a worker leads a session, on Windows a job, which is killed with
+    it); nothing is printed or warned of, and no file is left. On Linux and Windows
+    nothing is left, either, if the program itself is killed, or crashes; but then
+    loky's resource tracker may warn of a folder of arrays that it removes.
 
     >>> results.close()
     >>> list(results)
@@ -445,10 +445,14 @@ class Joblib(DistributedBackend):
       ``ray.shutdown()``.
     - What a task changes in an object that it shares with other tasks of its batch, as
       in ``[(model, p) for p in grid]``, these may see.
-    - A program that makes a session of its own (a daemon) is not stopped. Elsewhere
-      than on Linux, nor is what has a process group of its own; and if the program is
+    - A program that makes a session of its own (a daemon), or that is started with
+      ``CREATE_BREAKAWAY_FROM_JOB`` on Windows, is not stopped. Elsewhere than on Linux
+      and Windows, nor is what has a process group of its own; and if the program is
       killed there, its workers finish what they are doing. On Linux, what has a group
       of its own survives if it is the program that is killed.
+    - On Windows, files of arrays stay while they are mapped: by idle workers, for some
+      seconds; by the program, while it keeps a result that is a view of one. If it
+      keeps one until it exits, loky's resource tracker removes the files, and warns.
     - A task that is changed while others of its batch are drawn arrives changed: in
       tasks, yield new objects, or take ``batch_size=1``. So does a task in threads that
       is changed before it is run. An array of more than *max_nbytes* is in its file as
