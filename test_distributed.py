@@ -108,6 +108,7 @@ needs_proc = pytest.mark.skipif(not HAS_PROC, reason="needs /proc")
 needs_signals = pytest.mark.skipif(
     os.name != "posix", reason="needs to send signals, or to block them"
 )
+needs_exec = pytest.mark.skipif(os.name != "posix", reason="needs exec")
 needs_shell = pytest.mark.skipif(os.name != "posix", reason="a script of the shell")
 needs_modes = pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
 
@@ -1916,7 +1917,7 @@ if __name__ == "__main__":
 def test_a_thread_that_a_task_leaves_keeps_nothing_waiting(begun, way):
     ended, *pids = output_of(begun(LEAVES_THREADS, way)).split()
     assert ended == "ended"
-    assert not any(is_running(pid) for pid in pids)
+    assert not any(is_running(int(pid)) for pid in pids)
 
 
 HOOKS = """
@@ -1944,7 +1945,9 @@ def test_a_pool_that_is_stopped_in_peace_runs_the_hooks_of_its_workers(begun, tm
 def test_tasks_read_an_empty_standard_input(begun):
     source = """
         def read(task):
-            child = subprocess.run(["cat"], stdout=subprocess.PIPE).stdout
+            reads = "import sys; sys.stdout.write(sys.stdin.read())"
+            command = [sys.executable, "-c", reads]
+            child = subprocess.run(command, stdout=subprocess.PIPE).stdout
             return os.read(0, 9), sys.stdin.read(), child
 
         if __name__ == "__main__":
@@ -2196,7 +2199,10 @@ def closed(setup, folder):
 @pytest.mark.parametrize(
     ("way", "closed"),
     [
-        *(("descriptor", closed) for closed in ([0], [1], [2], [0, 1, 2])),
+        *(
+            pytest.param("descriptor", closed, marks=needs_exec)
+            for closed in ([0], [1], [2], [0, 1, 2])
+        ),
         ("None", [0, 1, 2]),
         ("object", [0, 1, 2]),
     ],
