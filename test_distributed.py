@@ -3415,6 +3415,9 @@ def test_workers_that_were_started_elsewhere_are_not_kept(fresh, monkeypatch, tm
     assert set(Joblib.setup(eval, tasks, num_workers=2, batch_size=1)) == {here}
 
 
+@pytest.mark.skipif(
+    os.name != "posix", reason="it is not gone before the workers that have it"
+)
 @pytest.mark.slow
 def test_a_directory_that_is_gone_after_a_short_run(program, tmp_path):
     source = """
