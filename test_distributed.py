@@ -8530,7 +8530,8 @@ def cells_of_readme():
         title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         if title in SITUATIONS:
             for peer, cell in zip(PEERS, cells, strict=True):
-                yield SITUATIONS[title], peer, cell
+                said = re.fullmatch(r"It (?:gives |raises |is )?(.*)\.", cell)
+                yield SITUATIONS[title], peer, said[1]
 
 
 def test_all_situations_are_compared():
@@ -8689,7 +8690,7 @@ COMPARED = """
             time.sleep(0.03)
             files = sum(path.is_file() for path in folder.rglob("*"))
             most = max(most, files, len(alive))
-        return "many are kept" if most > 12 else "a few are kept"
+        return "keeps many" if most > 12 else "keeps a few"
 
     folder = pathlib.Path("folder")
     if __name__ == "__main__":
@@ -8724,7 +8725,7 @@ def test_what_the_readme_says_of_others(
     possible = {
         "may lose results": ("loses results", "all 10 results first"),
         "may hang": ("hangs", "works"),
-        "may keep many": ("many are kept", "a few are kept"),
+        "may keep many": ("keeps many", "keeps a few"),
     }
     assert output in possible.get(expected, (expected,)), errors
     assert peer != "this_module" or errors == ""
@@ -8818,10 +8819,8 @@ def example_with(word):
 @pytest.mark.slow
 def test_numbers_of_workers_are_given_back_by_deaths(program):
     source = example_with("take_number").replace("range(20)", "range(100)")
-    source = source.replace("% 5 == 4", "% 3 == 2")
-    assert output_of(program(source)) == "100 results, True\n"
-    process = program(source.replace("range(count)", "range(1)"))  # one too few
-    assert "all of 2 numbers are taken" in process.communicate()[1]
+    source = source.replace("% 5", "% 3").replace("== 20", "== 100")
+    assert output_of(program(source)) == ""
 
 
 @pytest.mark.engines
