@@ -1363,9 +1363,10 @@ class _Run:
         self.returns_tasks = options.pop("return_tasks", False)
         self.timeout: float | None = options.pop("timeout", None)
         self.max_tasks: int | None = options.pop("maxtasksperchild", None)
-        shares_memory = getattr(backend, "supports_sharedmem", False)
+        # For one worker to be a process, if there can be one.
+        self.asks = self.timeout is not None or self.returns_errors or self.max_tasks
         self.engine = _engine_class(backend)(backend)
-        if not shares_memory and (n_jobs != 1 or isinstance(self.engine, _Dask)):
+        if self.engine.sends_results(n_jobs, self.asks):
             _check_that_results_travel(task_func)
         self.parallel = self.engine.configure(n_jobs, options)
         self.lifetime = _Lifetime(self)
@@ -1395,8 +1396,7 @@ class _Run:
             engine.workers = int(engine.effective_n_jobs(parallel.n_jobs))
             if engine.workers == 0:
                 raise RuntimeError(f"{engine.name} has no active worker")
-            asks = self.timeout is not None or self.returns_errors or self.max_tasks
-            if engine.workers == 1 and not (asks and engine.can_isolate()):
+            if engine.workers == 1 and not (self.asks and engine.can_isolate()):
                 return False
             self.max_batches = _count_of_batches(parallel.pre_dispatch, engine.workers)
             engine.start(self)
@@ -1683,6 +1683,10 @@ class _Engine:
 
     def effective_n_jobs(self, n_jobs: int) -> int:
         return int(self.backend.effective_n_jobs(n_jobs))
+
+    def sends_results(self, n_jobs: int, asks: Any) -> bool:
+        """Return whether results come from other processes, as far as that is known."""
+        return n_jobs != 1 and not getattr(self.backend, "supports_sharedmem", False)
 
     def can_isolate(self) -> bool:
         """Return whether one worker would be a process, which can be killed."""
@@ -1971,6 +1975,9 @@ class _Dask(_Engine):
         self.function: Any = None  # a future
         self.threads: list[int] = []  # how many all workers have, once that is known
         self.over = threading.Event()
+
+    def sends_results(self, n_jobs: int, asks: Any) -> bool:
+        return True  # whatever n_jobs is
 
     def effective_n_jobs(self, n_jobs: int) -> int:
         # With one worker, tasks would run in this process, not on the cluster. With
@@ -2907,6 +2914,9 @@ class _Processes(_Engine):
         self.initializer = options.get("initializer"), options.get("initargs", ())
         self.options = options
         return self.parallel
+
+    def sends_results(self, n_jobs: int, asks: Any) -> bool:
+        return bool(n_jobs != 1 or (asks and self.can_isolate()))
 
     def can_isolate(self) -> bool:
         return self.effective_n_jobs(2) > 1  # joblib says 1 where none can be started

@@ -6021,6 +6021,12 @@ def test_results_that_cannot_be_sent_are_an_error_at_once(pickling_setup, what):
     assert what in str(caught.value)
 
 
+@pytest.mark.parametrize("options", [{"timeout": 9}, {"errors": "return"}])
+def test_results_of_one_process_have_to_be_sent(options):
+    with pytest.raises(TypeError, match="task_func must not return a"):
+        Joblib.setup(generator, [1], num_workers=1, **options)
+
+
 @pytest.mark.parametrize(
     "options", [{"backend": "threading"}, {"num_workers": 1}, {"prefer": "threads"}]
 )
