@@ -3722,7 +3722,8 @@ def watch(thread):
     while True:
         frame = sys._current_frames()[thread]
         while frame is not None:
-            if frame.f_code.co_name == "_send":  # of multiprocessing's connections
+            # Of multiprocessing's connections:
+            if frame.f_code.co_name == ("_send" if os.name == "posix" else "_send_bytes"):
                 os.kill(os.getpid(), 9)
             frame = frame.f_back
 
@@ -5516,8 +5517,11 @@ CHILD = """
     [
         ("spawn", "read", "0.2"),
         ("spawn", "open", "0.2"),
-        *(("fork", way, "0") for way in ("read", "left", "open")),
-        ("forkserver", "read", "0.2"),
+        *(
+            pytest.param("fork", way, "0", marks=needs_fork)
+            for way in ("read", "left", "open")
+        ),
+        pytest.param("forkserver", "read", "0.2", marks=needs_fork),
     ],
 )
 def test_a_child_process_ends_when_it_is_done(program, method, way, duration):
@@ -7105,7 +7109,7 @@ def test_a_folder_of_the_environment_that_cannot_be_used_is_named(
     array = numpy.zeros(300_000)
     _, error = collect(Joblib.setup(len, [array] * 4, 2), Exception)
     shown = "".join(traceback.format_exception(error))
-    assert str(tmp_path / "file") in shown
+    assert repr(str(tmp_path / "file")) in shown
     assert "temp_folder" in shown
 
 
