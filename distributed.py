@@ -3822,6 +3822,7 @@ class _Pool:
 
         In both cases, what their tasks have started ends with them.
         """
+        _take_off_list(self)  # no other run is to have it
         with _state.starting:  # no process is being started
             self.dismiss()
         found = [w.process for w in self.workers if kill or not w.is_ready]

@@ -2069,6 +2069,22 @@ def test_reading_on_as_the_interpreter_exits_is_an_error(program):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"errors": "return", "timeout": 60}])
+def test_a_run_as_the_interpreter_exits_has_workers_of_its_own(program, options):
+    source = f"""
+        import atexit
+        from yourpackage.distributed import Joblib
+
+        def run():
+            print(sorted(Joblib.setup(abs, [-1, -2], num_workers=2, **{options})))
+
+        atexit.register(run)  # before the hook of the module, which comes first
+        run()
+    """
+    assert output_of(program(source)) == "[1, 2]\n[1, 2]\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "way"),
     [("loky", "exit"), ("loky", "break"), ("threading", "exit")],
