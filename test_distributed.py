@@ -6805,6 +6805,7 @@ def test_what_is_large_in_a_function_lies_in_the_folder_of_the_run(processes, tm
     (folder,) = tmp_path.iterdir()
     assert len(list(folder.iterdir())) == 1
     assert array.shape == (300_000,)
+    del array  # which the program maps
     results.close()
     assert left_in(tmp_path) == []
 
