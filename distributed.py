@@ -183,7 +183,7 @@ class FailedTask:
     __match_args__ = ("number", "task", "error")
 
     number: int
-    """The number of the task, counted from 0."""
+    """The number of the task in its run, counted from 0."""
 
     task: Any
     """The object that was drawn."""
