@@ -1082,10 +1082,13 @@ class _Failure:
     """
 
     def __init__(self, error: BaseException, *, ends_run: bool = False) -> None:
-        if error.__traceback__ is not None:
-            _set_cause(error, "".join(traceback.format_exception(error)).strip())
-            cast("Any", BaseException.__context__).__set__(error, None)
-        self.error = error.with_traceback(None)
+        try:
+            if error.__traceback__ is not None:
+                _set_cause(error, "".join(traceback.format_exception(error)).strip())
+                cast("Any", BaseException.__context__).__set__(error, None)
+            self.error = error.with_traceback(None)
+        except Exception:  # its own methods may fail
+            self.error = RuntimeError(f"{type(error).__qualname__}, which fails itself")
         self.ends_run = ends_run  # even with errors="return"
         # The tasks of the batch, by their indices, that may be at fault; if known.
         self.suspects: range | None = None
@@ -1188,7 +1191,8 @@ def _with_task_note(error: BaseException, note: str) -> Any:
     A BaseException would end the program; a StopIteration would look like the end of
     the results. Both become the cause of a RuntimeError.
     """
-    if isinstance(error, StopIteration) or not isinstance(error, Exception):
+    kind = type(error)  # the methods of some raise, and so may isinstance()
+    if issubclass(kind, StopIteration) or not issubclass(kind, Exception):
         text = type(error).__qualname__
         with contextlib.suppress(Exception):  # its own methods may fail
             text = repr(error)
@@ -1805,7 +1809,7 @@ class _Engine:
 
     def explained(self, error: Any, note: str, batch: _Batch) -> BaseException:
         """Return the exception of a task with its note."""
-        if isinstance(error, _Failure):
+        if type(error) is _Failure:
             return cast("BaseException", error.explained(note))
         return cast("BaseException", _with_task_note(error, note))
 
@@ -2511,7 +2515,7 @@ def _module_of_workers() -> Any:
     return sys.modules.setdefault(name, module)
 
 
-def _pack_error(error: BaseException, dump: Any) -> Any:
+def _pack_error(error: Any, dump: Any) -> Any:
     """Return an exception in a form that can be unpickled: see `_unpacked_error`."""
 
     def text_of(format_lines: Any) -> str:
@@ -2545,7 +2549,7 @@ def _pack_error(error: BaseException, dump: Any) -> Any:
     # pickle would. Then it is sent with what its built-in base class would pickle.
     builtin: Any = next(b for b in kind.__mro__ if b.__module__ == "builtins")
     data, members = dumped(error), None
-    if data is None and isinstance(error, BaseExceptionGroup):
+    if data is None and issubclass(kind, BaseExceptionGroup):
         members = [_pack_error(member, dump) for member in error.exceptions]
         data = dumped((builtin, kind, (error.message,), vars(error)))
     elif data is None:
@@ -2639,9 +2643,9 @@ def _run_in_thread(task_func: Any, returns_errors: bool, tasks: list[Any]) -> An
     def failed(error: BaseException) -> _NoResult:
         nonlocal has_failed
         has_failed = True
-        trace = error.__traceback__
+        trace = sys.exc_info()[2]
         # Without the frame of _run_tasks, which would refer to it, too.
-        return _NoResult(error.with_traceback(trace and trace.tb_next))
+        return _NoResult(BaseException.with_traceback(error, trace and trace.tb_next))
 
     numbered = _numbered(tasks)
     results, _ = _run_tasks(task_func, returns_errors, numbered, failed, [0])
@@ -2706,7 +2710,7 @@ _NUMBERS: list[int] = []  # from 1 on; threads, which may add to it at once, do 
 
 def _leaves_debugger(error: Any) -> bool:
     """Return whether somebody has quit pdb, which is to end the program."""
-    return isinstance(error, getattr(sys.modules.get("bdb"), "BdbQuit", ()))
+    return issubclass(type(error), getattr(sys.modules.get("bdb"), "BdbQuit", ()))
 
 
 class _LoadedFunction:

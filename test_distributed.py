@@ -7472,6 +7472,25 @@ def test_an_error_tells_which_task(any_setup, options):
     assert error.__notes__ == ["Task 20 (counted from 0): '1 / 0'"]
 
 
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_an_error_whose_attributes_cannot_be_read_costs_its_task(backend):
+    class Proxy(Exception):
+        def __getattribute__(self, name):
+            raise ConnectionError(f"{name}: the other side has gone")
+
+    def fail(task):
+        if task == 1:
+            raise Proxy
+        return task
+
+    results = Joblib.setup(
+        fail, range(3), 2, backend=backend, errors="return", return_as="generator"
+    )
+    first, failed, last = results
+    assert (first, failed.number, last) == (0, 1, 2)
+    assert type(failed.error).__name__ == "Proxy"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_that_is_one_object_has_one_note(workers):
     errors = [KeyError("of a module"), ValueError("another one")]
