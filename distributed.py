@@ -593,13 +593,14 @@ class Joblib(DistributedBackend):
                 What the task builds on the first call counts. No other task, start,
                 initializer or wait does, nor does the time for which this process is
                 suspended; to send results has a limit of its own, of the same length.
-                It is ignored where tasks run in this process, one after another. It
-                is noticed up to a tenth of *timeout*, and at most 0.5 seconds, later. A
+                It is ignored where tasks run in this process, one after another. It is
+                noticed up to a tenth of *timeout*, and at most 0.5 seconds, later. A
                 worker that is not ready after *timeout*, or 60 seconds if that is more,
-                is lost. Other backends cannot watch single tasks: there, the run ends
-                when the consumer has waited for so long and no batch has completed; the
-                start of workers counts, unless the backend itself waits for it.
-                Default: wait for ever.
+                or that stalls for so long in the midst of a message, is lost. Other
+                backends cannot watch single tasks: there, the run ends when the
+                consumer has waited for so long and no batch has completed; the start of
+                workers counts, unless the backend itself waits for it. Default: wait
+                for ever.
             maxtasksperchild : int, optional
                 Tasks that a worker process of "loky" or "multiprocessing" may do before
                 it leaves and a fresh one takes its place: for tasks that leak memory.
@@ -800,6 +801,13 @@ def _checked_num_workers(num_workers: int | None) -> int:
 def _is_number(value: Any, least: float) -> bool:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_number and operator.ge(value, least)
+
+
+def _seconds(value: Any) -> float | None:
+    """Return a limit of time as waits take it: numpy has numbers that are no float."""
+    if value is None or isinstance(value, int):
+        return value and min(value, 10**9)
+    return min(float(value), 1e9)
 
 
 # Names that options have in other libraries, and what to use instead.
@@ -1365,7 +1373,7 @@ class _Run:
         self.inbox = _Inbox(ordered=options.pop("return_as", None) == "generator")
         self.returns_errors = options.pop("errors", None) == "return"
         self.returns_tasks = options.pop("return_tasks", False)
-        self.timeout: float | None = options.pop("timeout", None)
+        self.timeout = _seconds(options.pop("timeout", None))
         self.max_tasks: int | None = options.pop("maxtasksperchild", None)
         # For one worker to be a process, if there can be one.
         self.asks = self.timeout is not None or self.returns_errors or self.max_tasks
@@ -2240,12 +2248,13 @@ def _reduce_cached(function: Any) -> Any:
     names = itertools.accumulate(function.__module__.split("."), "{}.{}".format)
     found: Any = functools.reduce(
         lambda owner, name: getattr(owner, name, None),
-        function.__qualname__.split("."),
+        getattr(function, "__qualname__", "").split("."),  # a partial has none
         sys.modules.get(function.__module__),
     )
     if found is function and not {"__main__", *by_value}.intersection(names):
         return function.__reduce__()
-    return _InWorker("_cached"), (function.__wrapped__, function.cache_parameters())
+    settings = function.__wrapped__, function.cache_parameters()
+    return _InWorker("_cached"), settings, vars(function)
 
 
 def _cached(function: Any, settings: dict[str, Any]) -> Any:
@@ -4143,7 +4152,7 @@ class _ArrayFiles:
         self.kept: list[Any] = []  # references to the arrays of what is pickled
         self.of_function: list[Any] = []
         self.weight = 0  # bytes of all arrays that were copied or put into files
-        self.is_tracked = False
+        self.is_tracked = self.is_closed = False
         limit = options["max_nbytes"]
         self.max_nbytes = math.inf if limit is None else limit
         self.mode = options["mmap_mode"]
@@ -4199,6 +4208,10 @@ class _ArrayFiles:
             tracker = _loky("backend.resource_tracker")
             tracker.register(folder, "folder")  # removes it if the program is killed
             self.is_tracked = True
+        if self.is_closed:  # meanwhile, in another thread
+            self.folder = folder
+            self.close()
+            raise RuntimeError("the run has ended")
         return str(folder)
 
     def remove_dropped(self) -> None:
@@ -4222,7 +4235,8 @@ class _ArrayFiles:
         return self.folder is not None and self.mode == "r"
 
     def close(self) -> None:
-        """Remove all files."""
+        """Remove all files. May be called again."""
+        self.is_closed = True
         self.reducers.clear()  # since they refer to this
         self.files.clear()
         self.kept, self.of_function = [], []

@@ -51,6 +51,7 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
+from fractions import Fraction
 from pathlib import Path
 
 import joblib
@@ -5951,6 +5952,10 @@ DECORATED = """
     def local():
         return functools.cache(lambda task: task + 1)
 
+    @functools.cache
+    def scaled(task):
+        return task * scaled.factor
+
     if __name__ == "__main__":
         setup = functools.partial(Joblib.setup, num_workers=2, backend=sys.argv[1])
         fibonacci(10), kind(1), Model().cached(1)
@@ -5961,6 +5966,8 @@ DECORATED = """
         print(*sorted(setup(lambda task: task(10), [fibonacci, twice])))
         is_that_of_the_module = lambda task: task is helpers.fibonacci
         print(*setup(is_that_of_the_module, [helpers.fibonacci]))
+        scaled.factor = 3
+        print(*setup(scaled, [2]), *setup(functools.cache(functools.partial(pow, 2)), [5]))
 """
 
 HELPERS = """
@@ -5996,13 +6003,14 @@ def test_decorated_functions_of_the_program_travel(program, tmp_path, name):
     process = program(source, name, warnings="default")
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert output.splitlines()[-6:] == [
+    assert output.splitlines()[-7:] == [
         "55 110 2",
         "3 4",
         "any int any int",
         "((0, 1, 5, 1), True)",
         "55 110",
         "True",
+        "6 32",
     ]
 
 
@@ -6039,6 +6047,14 @@ def test_results_that_cannot_be_sent_are_an_error_at_once(pickling_setup, what):
         pickling_setup(RESULTS_STAY[what], [1])
     assert "task_func must not return a" in str(caught.value)
     assert what in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout", [Fraction(60), 10**400, math.inf, "float32"])
+def test_all_kinds_of_numbers_limit_time(timeout):
+    if timeout == "float32":
+        timeout = pytest.importorskip("numpy").float32(60)
+    results = Joblib.setup(abs, [-1, -2], 2, timeout=timeout, errors="return")
+    assert sorted(results) == [1, 2]
 
 
 @pytest.mark.parametrize("options", [{"timeout": 9}, {"errors": "return"}])
