@@ -446,13 +446,15 @@ class Joblib(DistributedBackend):
     - What a task changes in an object that it shares with other tasks of its batch, as
       in ``[(model, p) for p in grid]``, these may see.
     - A program that makes a session of its own (a daemon), or that is started with
-      ``CREATE_BREAKAWAY_FROM_JOB`` on Windows, is not stopped. Elsewhere than on Linux
-      and Windows, nor is what has a process group of its own; and if the program is
-      killed there, its workers finish what they are doing. On Linux, what has a group
-      of its own survives if it is the program that is killed.
+      ``CREATE_BREAKAWAY_FROM_JOB`` on Windows, is not stopped. On Linux, what has a
+      process group of its own survives if it is the program that is killed.
     - On Windows, files of arrays stay while they are mapped: by idle workers, for some
       seconds; by the program, while it keeps a result that is a view of one. If it
       keeps one until it exits, loky's resource tracker removes the files, and warns.
+    - On macOS and other systems: workers of a program that is killed finish what they
+      are doing; what has a process group of its own is not stopped with its worker; and
+      a file that has replaced that of a `numpy.memmap` is taken for it if the program
+      has both open.
     - A task that is changed while others of its batch are drawn arrives changed: in
       tasks, yield new objects, or take ``batch_size=1``. So does a task in threads that
       is changed before it is run. An array of more than *max_nbytes* is in its file as
@@ -4128,10 +4130,22 @@ def _is_current(root: Any) -> bool:
         size: int = root.base.size()
         with contextlib.suppress(OSError):  # this is not Linux, say
             return os.readlink(f"/proc/self/map_files/{start:x}-{end:x}") == file
+        if os.name == "posix":  # what has replaced the file is not open, as a rule
+            return _is_open(os.stat(file))
         with open(file, "rb") as current:  # Windows may not let others open it
             return os.fstat(current.fileno()).st_size == size
     except (OSError, TypeError):  # it has no name
         return False
+
+
+def _is_open(file: os.stat_result) -> bool:
+    """Return whether this process has a file open, as it has what it has mapped."""
+    numbers = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256)
+    for number in map(int, numbers):
+        with contextlib.suppress(OSError):  # it is not open
+            if os.path.samestat(os.fstat(number), file):
+                return True
+    return False
 
 
 class _ArrayFiles:
