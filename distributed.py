@@ -1670,8 +1670,8 @@ _ReportFunction = Callable[[Any], None]
 class _Engine:
     """Runs the batches of a run: what the loop asks of it.
 
-    `end` may be called in any thread, by two at a time; the other methods are for the
-    consumer's thread.
+    `end` may be called in any thread, while the consumer's is in another method, and
+    again after that; the other methods are for the consumer's thread.
     """
 
     pool: Any = None  # of processes
@@ -2658,7 +2658,7 @@ def _run_in_thread(task_func: Any, returns_errors: bool, tasks: list[Any]) -> An
         # Without the frame of _run_tasks, which would refer to it, too.
         return _NoResult(BaseException.with_traceback(error, trace and trace.tb_next))
 
-    numbered = _numbered(tasks)
+    numbered = zip(itertools.repeat(0), tasks)  # nobody reads the numbers
     results, _ = _run_tasks(task_func, returns_errors, numbered, failed, [0])
     return results, has_failed, time.perf_counter() - start
 
@@ -2716,7 +2716,9 @@ def _numbered(tasks: list[Any], begun: int = 0) -> Iterator[tuple[int, Any]]:
     )
 
 
-_NUMBERS: list[int] = []  # from 1 on; threads, which may add to it at once, do not care
+# From 1 on. Threads of Dask may add to it at once: then it is not in order, but long
+# enough, and nobody reads their numbers.
+_NUMBERS: list[int] = []
 
 
 def _leaves_debugger(error: Any) -> bool:
@@ -3081,7 +3083,9 @@ class _FunctionMessage:
         self.patience = max(self.limit, _START_PATIENCE)
         self.returns_errors = run.returns_errors
         self.was_loaded = False  # by a worker
-        self.failures = 0  # to begin a task, in a row, of all workers
+        # To begin a task, in a row, of all workers. Attendants count at once: one may
+        # be lost, here and in skip_after, which costs no more than another try.
+        self.failures = 0
         self.max_failures = _MAX_FAILURES * run.engine.workers
         self.at_work: set[_Worker] = set()
         self.skip_after = math.inf  # the number of a batch whose failure ends the run
@@ -3793,7 +3797,7 @@ class _Pool:
         self.workers: list[_Worker] = []
         self.stopping = threading.Event()
         self.modules = _Modules()
-        _state.pools.add(self)
+        _state.pools.add(weakref.ref(self, _state.pools.discard))
 
     def __del__(self) -> None:
         # A finalizer of weakref would do nothing once the interpreter exits.
@@ -4127,23 +4131,23 @@ def _is_current(root: Any) -> bool:
     end = start + -(-len(root.base) // mmap.PAGESIZE) * mmap.PAGESIZE
     try:
         file: str = os.path.realpath(root.filename)
-        size: int = root.base.size()
         with contextlib.suppress(OSError):  # this is not Linux, say
             return os.readlink(f"/proc/self/map_files/{start:x}-{end:x}") == file
         if os.name == "posix":  # what has replaced the file is not open, as a rule
             return _is_open(os.stat(file))
         with open(file, "rb") as current:  # Windows may not let others open it
-            return os.fstat(current.fileno()).st_size == size
+            return os.fstat(current.fileno()).st_size == int(root.base.size())
     except (OSError, TypeError):  # it has no name
         return False
 
 
 def _is_open(file: os.stat_result) -> bool:
     """Return whether this process has a file open, as it has what it has mapped."""
-    numbers = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256)
-    for number in map(int, numbers):
+    for number in (
+        os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else map(str, range(256))
+    ):
         with contextlib.suppress(OSError):  # it is not open
-            if os.path.samestat(os.fstat(number), file):
+            if os.path.samestat(os.fstat(int(number)), file):
                 return True
     return False
 
@@ -4296,12 +4300,17 @@ class _ArrayReference(weakref.ref[Any]):
 
 
 class _State:
-    """What this process has started. In a fork, there is an empty one in its place."""
+    """What this process has started. In a fork, there is an empty one in its place.
+
+    Any thread uses these without a lock, by single calls of methods in C, of which
+    ``[*x]`` is one: they are atomic, in builds of Python without a GIL as well.
+    """
 
     def __init__(self, max_idle: int) -> None:
         self.open_runs: set[_Lifetime] = set()
-        self.pools: weakref.WeakSet[_Pool] = weakref.WeakSet()  # all
-        self.idle_pools: list[_Pool] = []  # its methods are atomic, so it has no lock
+        # All. No WeakSet: to iterate over one fails while another thread adds to it.
+        self.pools: set[weakref.ref[_Pool]] = set()
+        self.idle_pools: list[_Pool] = []
         self.max_idle = max_idle
         self.folders: dict[str, bool] = {}  # to be removed; the tracker knows of those
         # All starts of processes hold this, and forks wait for it: a fork in the middle
@@ -4349,7 +4358,8 @@ class _Lifetime:
 
     def __exit__(self, *_: object) -> None:
         self.is_at_work = False
-        if self.is_over():  # meanwhile, in another thread
+        if self.is_over():  # meanwhile, in another thread, which is waited for
+            self.ended.wait(10)
             self.engine.end(kill=True)
 
     def is_over(self) -> bool:
@@ -4449,7 +4459,7 @@ def _at_exit(pid: int) -> None:
             continue
         _call_in_thread(lifetime._end)
         _wait_in_slices(lifetime.ended.wait, 10)
-    for pool in {*_state.pools} - read_on:
+    for pool in {*filter(None, (ref() for ref in [*_state.pools]))} - read_on:
         pool.stop()
     _remove_folders()
 
@@ -4466,7 +4476,8 @@ def _after_fork() -> None:
             run.results.clear()  # they are to be read in the parent
     for end in _state.ends:
         end.close()  # or the parent's workers would not see that it has ended
-    for worker in itertools.chain(*(pool.workers for pool in _state.pools)):
+    pools = (ref() for ref in _state.pools)
+    for worker in itertools.chain(*(pool.workers for pool in pools if pool)):
         if worker.process is not None:
             worker.process.returncode = 0  # it is no child of this process
     _inherited.append(_state)

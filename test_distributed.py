@@ -187,8 +187,12 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
+def pools_now():
+    return [p for reference in [*distributed._state.pools] if (p := reference())]
+
+
 def workers_now():
-    workers = [w for pool in distributed._state.pools for w in pool.workers]
+    workers = [w for pool in pools_now() for w in pool.workers]
     return {w.process.pid for w in workers if w.process and w.process.poll() is None}
 
 
@@ -1247,7 +1251,7 @@ def test_no_task_begins_after_a_death_or_time_out_that_ends_the_run(
     results = processes(eval, [value(0), death, *late], **options)
     assert next(results) == 0
     # Nobody reads of it yet, and the attendant has come to the end of what it was given.
-    wait_until(lambda: all(pool.jobs.empty() for pool in distributed._state.pools))
+    wait_until(lambda: all(pool.jobs.empty() for pool in pools_now()))
     assert list(tmp_path.iterdir()) == []
     assert collect(results, BrokenExecutor, TimeoutError)[1] is not None
 
