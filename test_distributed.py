@@ -79,6 +79,7 @@ except ImportError:
             pytest.skip("needs numpy")
 
     numpy = WithoutNumpy()
+needs_numpy = pytest.mark.skipif(not numpy, reason="needs numpy")
 
 FILE = Path(__file__).with_name("distributed.py")
 README = Path(__file__).with_name("README.md")
@@ -6503,6 +6504,7 @@ OF_NUMPY = {
 
 
 @pytest.mark.parametrize("form", ["{}", "({}, [{}])", "{{'key': {}}}"])
+@needs_numpy
 def test_results_of_numpy_arrive_equal(pickling_setup, form):
     sources = [form.format(*[source] * 2) for source in OF_NUMPY.values()]
     tasks = [f"(numpy := __import__('numpy'), {source})[1]" for source in sources]
@@ -6984,6 +6986,7 @@ NOT_IN_THE_FILE = {
     ],
 )
 @pytest.mark.parametrize("max_nbytes", [None, 10])
+@needs_numpy
 def test_what_a_file_does_not_have_arrives(pickling_setup, tmp_path, what, max_nbytes):
     source = NOT_IN_THE_FILE[what]
 
