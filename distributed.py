@@ -1296,7 +1296,9 @@ class _Inbox:
     def _wait(self, left: float) -> tuple[int | None, Any]:
         while left > 0:  # see _WAIT_SLICE
             with contextlib.suppress(queue.Empty):
-                return self.reports.get(timeout=min(left, _WAIT_SLICE))
+                # No less: in Python 3.11 and 3.12, get() may wait for ever if its time
+                # is over before it has begun to wait.
+                return self.reports.get(timeout=min(max(left, 0.01), _WAIT_SLICE))
             left -= _WAIT_SLICE
         return self.reports.get_nowait()
 
