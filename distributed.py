@@ -3622,10 +3622,10 @@ def _attend(
     except Exception as error:
         worker.start_error = error  # for the first job
     while True:
+        # A short wait while it has a function, to forget it soon after its run.
+        seconds = 10 * _WAIT_SLICE if worker.function is None else _WAIT_SLICE / 2
+        due = time.monotonic() + seconds
         try:
-            # A short wait while it has a function, to forget it soon after its run.
-            seconds = 10 * _WAIT_SLICE if worker.function is None else _WAIT_SLICE / 2
-            due = time.monotonic() + seconds
             job = jobs.get(timeout=seconds)
         except queue.Empty:
             worker.forget()
