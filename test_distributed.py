@@ -9406,6 +9406,12 @@ def faulty(number):
     time.sleep(3600 if kind == 6 else 0.01)
 
 
+def of_the_program(function):
+    function = by_value(function)
+    setattr(sys.modules["__main__"], function.__name__, function)  # for pebble
+    return function
+
+
 @contextlib.contextmanager
 def surviving():
     options = {"errors": "return", "batch_size": 1}
@@ -9509,7 +9515,7 @@ WORKLOADS = {
         [one_by_one, plain_joblib, executor, pebble, limit],
     ),
     "400 of 10 ms: 8 raise, 16 die, 4 hang, limit 1 s": (
-        lambda: (faulty, range(400)),
+        lambda: (of_the_program(faulty), range(400)),
         [surviving, surviving_pebble],
     ),
     "1 ms each": (
