@@ -6022,7 +6022,9 @@ def test_decorated_functions_of_the_program_travel(program, tmp_path, name):
         begin = {
             "dask": "from dask.distributed import Client, LocalCluster; cluster = "
             "LocalCluster(n_workers=1, dashboard_address=None); client = Client(cluster)",
-            "ray": "import ray; ray.init(num_cpus=2, include_dashboard=False)",
+            # What Ray itself has to say would come between the lines that are compared.
+            "ray": "import ray; ray.init(num_cpus=2, include_dashboard=False, "
+            "log_to_driver=False)",
         }
         main = 'if __name__ == "__main__":\n'
         source = source.replace(main, f"{main}        {begin[name]}\n")
