@@ -2628,14 +2628,6 @@ def _code_to_send() -> tuple[bytes, str, str, bytes]:
     return importlib.util.MAGIC_NUMBER, version, name, marshal.dumps(_CODE)
 
 
-class _SentModule:
-    """Is unpickled as the module that a worker has of this file."""
-
-    def __reduce__(self) -> Any:
-        names = {"source": _LOADER, "arguments": _code_to_send()}
-        return eval, ("(exec(source), load(*arguments))[1]", names)
-
-
 class _InWorker:
     """A function of this file; is unpickled as the one that a worker has."""
 
@@ -2646,7 +2638,8 @@ class _InWorker:
         return globals()[self.name](*arguments)
 
     def __reduce__(self) -> Any:
-        return getattr, (_SentModule(), self.name)
+        names = {"source": _LOADER, "arguments": _code_to_send(), "name": self.name}
+        return eval, ("(exec(source), getattr(load(*arguments), name))[1]", names)
 
 
 def _run_in_thread(task_func: Any, returns_errors: bool, tasks: list[Any]) -> Any:
