@@ -1258,20 +1258,19 @@ def _raise_if_of_handler(error: BaseException) -> None:
 class _Inbox:
     """The reports of a run's batches, as they come or, if *ordered*, by their numbers.
 
-    Any thread may call `put` and `fail`, which cannot block or fail; the consumer's
-    thread alone calls the other methods.
+    Any thread may call `put`, which cannot block or fail; the consumer's thread alone
+    calls the other methods.
     """
 
     def __init__(self, *, ordered: bool) -> None:
         self.reports: queue.SimpleQueue[tuple[int | None, Any]] = queue.SimpleQueue()
-        self.put = self.reports.put
         self.ordered = ordered
         self.next_number = 0  # ordered: of the batch to be returned next
         self.early: dict[int, Any] = {}  # ordered: outcomes of batches behind that one
 
-    def fail(self, error: BaseException) -> None:
-        """Report an exception that ends the run."""
-        self.put((None, _Failure(error, ends_run=True)))
+    def put(self, number: int | None, outcome: Any) -> None:
+        """Report the outcome of a batch; without a number, one that ends the run."""
+        self.reports.put((number, outcome))
 
     def take(self, timeout: float) -> tuple[int | None, Any] | None:
         """Return the number of the next batch and its outcome.
@@ -1330,15 +1329,6 @@ class _Progress:
             print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream)
             if hasattr(stream, "flush"):  # not all streams have it
                 stream.flush()
-
-
-def _report(inbox: _Inbox, number: int, outcome: Any) -> None:
-    """Report the outcome of a batch: an engine calls this, in any thread.
-
-    It refers to the inbox only. If it referred to the run, a run to which its own tasks
-    refer would never be collected.
-    """
-    inbox.put((number, outcome))
 
 
 class _Batch:
@@ -1478,7 +1468,9 @@ class _Run:
         batch.sent_at = time.monotonic()
         self.out[batch.number] = batch
         self.lifetime.is_busy = True
-        report = functools.partial(_report, self.inbox, batch.number)
+        # It refers to the inbox only. If it referred to the run, a run to which its own
+        # tasks refer would never be collected.
+        report = functools.partial(self.inbox.put, batch.number)
         try:
             self.engine.send(self, batch, report)
         except Exception as error:
@@ -4395,7 +4387,7 @@ class _Lifetime:
         """Let whoever reads on meet an exception."""
         run = self.run()
         if run is not None:
-            run.inbox.fail(error)
+            run.inbox.put(None, _Failure(error, ends_run=True))
 
 
 def _start(thread: threading.Thread) -> None:
