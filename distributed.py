@@ -3173,27 +3173,24 @@ class _Started:
         return eval, ("(exec(source), Started)[1]", names)
 
 
-class _Page:
-    """Memory that a worker and its attendant share."""
+def _new_page() -> tuple[Any, Any]:
+    """Return a file without a name for a page of memory, and its descriptor.
 
-    def __init__(self) -> None:
-        """Make it: a file without a name; on Windows, memory with a name."""
-        self.file: Any = None
-        self.name: Any = f"page of {os.getpid()} {uuid.uuid4().hex}"
-        if os.name == "posix":
-            try:
-                number = os.memfd_create("tasks begun")
-            except (AttributeError, OSError):  # macOS, or it is not permitted
-                number, name = tempfile.mkstemp()
-                os.unlink(name)
-            self.file = os.fdopen(number, "r+b", buffering=0)
-            # Written, since on a full disk a hole in the file would be a SIGBUS.
-            self.file.write(bytes(_PAGE_BYTES))
-            self.name = self.file.fileno()
-        self.numbers = _mapped_page(self.name)
+    On Windows, return None and a name for the page.
+    """
+    if os.name != "posix":
+        return None, f"page of {os.getpid()} {uuid.uuid4().hex}"
+    try:
+        file: Any = os.fdopen(os.memfd_create("tasks begun"), "r+b", buffering=0)
+    except (AttributeError, OSError):  # macOS, or it is not permitted
+        file = tempfile.TemporaryFile(buffering=0)
+    # Written, since on a full disk a hole in the file would be a SIGBUS.
+    file.write(bytes(_PAGE_BYTES))
+    return file, file.fileno()
 
 
 def _mapped_page(name: Any) -> Any:
+    """Map the page that a worker and its attendant share."""
     if sys.platform == "win32":
         mapped = mmap.mmap(-1, _PAGE_BYTES, tagname=name)
     else:
@@ -3218,7 +3215,7 @@ class _Worker:
         self.connection: Any = None
         self.poller: Any = None  # of the connection
         self.pipe: list[Any] = []  # the process is killed as its writing end is closed
-        self.page: Any = None  # the numbers of a _Page
+        self.page: Any = None  # of memory, as numbers
         self.patience = -1.0  # seconds for which a message may stall
         self.is_ready = False
         self.is_warm = False  # the process has had a function
@@ -3237,12 +3234,12 @@ class _Worker:
             reader, writer = os.pipe()
             self.pipe = [os.fdopen(reader, "rb", 0), os.fdopen(writer, "wb", 0)]
             _state.ends.update((self.connection, self.pipe[1]))
-            page = _Page()
-            self.page = page.numbers
-            with theirs, page.file or contextlib.nullcontext():
-                first = pickle.dumps({}) + pickle.dumps(_Started(theirs, page.name))
+            file, name = _new_page()
+            with theirs, file or contextlib.nullcontext():
+                self.page = _mapped_page(name)
+                first = pickle.dumps({}) + pickle.dumps(_Started(theirs, name))
                 self.pipe[1].write(first)  # much less than a pipe holds
-                self.process = self.popen(theirs, page)
+                self.process = self.popen(theirs, name)
             if os.name == "posix":
                 self.pipe.pop(0).close()  # Windows reads from it by another handle
         if hasattr(select, "poll"):  # Connection.poll() makes a selector each time
@@ -3255,13 +3252,13 @@ class _Worker:
         for message in pickle.dumps(_code_to_send()), settings, self.recipe.prepared:
             self.send(message)
 
-    def popen(self, theirs: Any, page: _Page) -> Any:
+    def popen(self, theirs: Any, page_name: Any) -> Any:
         """Start a Python that reads from the pipe what to do."""
         # Looked at here; it is called in the process.
         _private(multiprocessing.process.BaseProcess, "_bootstrap")
         reader = self.pipe[0].fileno()
         options: dict[str, Any] = {}
-        job = _new_job_object(page.name) if sys.platform == "win32" else None
+        job = _new_job_object(page_name) if sys.platform == "win32" else None
         if sys.platform == "win32":
             reader = importlib.import_module("msvcrt").get_osfhandle(reader)
             os.set_handle_inheritable(theirs.fileno(), True)
@@ -3271,7 +3268,7 @@ class _Worker:
             options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
         else:
             os.set_blocking(theirs.fileno(), True)  # gevent makes others
-            options["pass_fds"] = theirs.fileno(), reader, page.name
+            options["pass_fds"] = theirs.fileno(), reader, page_name
             options["start_new_session"] = True
         command = multiprocessing.spawn.get_command_line(
             pipe_handle=reader, parent_pid=os.getpid()
