@@ -2000,7 +2000,8 @@ class _Dask(_Engine):
         function = _LoadedFunction(payload, run.returns_errors, {"backend": "dask"})
         options = self.backend.submit_kwargs
         self.call = functools.partial(_call_on_dask, self.client, options)
-        self.function = self.call(-1, _InWorker("_of_known_type"), function)
+        # Wrapped: Dask's scheduler unpickles the type of a result, and has not ours.
+        self.function = self.call(-1, functools.partial, function)
         self.is_handed_out = asyncio.Event()
         self.hand_out_function()
 
@@ -2810,11 +2811,6 @@ class _Loading:
 
     def __exit__(self, *_: object) -> None:
         _in_thread.is_loading = False
-
-
-def _of_known_type(function: Any) -> Any:
-    """Wrap a function: Dask's scheduler unpickles its type, and does not know ours."""
-    return functools.partial(function)
 
 
 _last_function: dict[str, Any] = {}  # of a worker of another backend; by its key
