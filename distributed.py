@@ -1345,7 +1345,6 @@ class _Batch:
         self.arrays: list[Any] = []  # in files; a file is removed after its array
         self.scattered: dict[str, Any] = {}  # on Dask: tasks that the user has sent
         self.results: list[Any] = []  # of the first tasks, or _NoResult in place of one
-        self.has_failed = False  # some of these are _NoResult
 
 
 class _Run:
@@ -1547,7 +1546,10 @@ class _Run:
         # The batch must not keep them: exceptions have frames that refer to the run.
         results, batch.results = batch.results, []
         done = len(results)
-        if failure is None and not batch.has_failed and done == len(batch.tasks):
+        # By identity: a metaclass of the program may have an __eq__ of its own.
+        kinds = map(type, results)
+        has_failed = any(map(operator.is_, kinds, itertools.repeat(_NoResult)))
+        if failure is None and not has_failed and done == len(batch.tasks):
             return results, None
         failure = failure or _Failure(RuntimeError("results are missing"))
         suspects = batch.tasks[done:]
@@ -1777,7 +1779,7 @@ class _Engine:
         if isinstance(outcome, _Failure):
             return outcome
         if isinstance(outcome, tuple):  # what `_run_in_thread` has returned
-            batch.results, batch.has_failed, batch.seconds = outcome
+            batch.results, batch.seconds = outcome
             return None
         for reply in outcome:
             if isinstance(reply, bytes):
@@ -1793,13 +1795,12 @@ class _Engine:
         if kind == _UNREADABLE:
             return _SEND_AGAIN
         if kind not in (_NO_FUNCTION, _BROKEN):
-            batch.has_failed |= _read_results(reply, batch.results)
+            batch.results += _read_results(reply)
             return None
         _, packed = pickle.loads(memoryview(reply)[1:])
         if kind == _NO_FUNCTION:
             return _Failure(_unpacked_error(packed), ends_run=True)
         batch.results.append(_NoResult(_unpacked_error(packed)))
-        batch.has_failed = True
         return None
 
     def read_other(self, batch: _Batch, reply: Any) -> _Failure | None:
@@ -1808,7 +1809,6 @@ class _Engine:
             batch.seconds += reply
             return None
         batch.results.append(batch.unpicklable.pop(0))
-        batch.has_failed = True
         return None
 
     def explained(self, error: Any, note: str, batch: _Batch) -> BaseException:
@@ -2441,43 +2441,36 @@ class _ReplyPickler:
         return _pack_error(failure, self.dump)
 
 
-def _read_results(reply: bytes, results: list[Any]) -> bool:
-    """Append the results of a reply; return whether some are _NoResult."""
-    received = pickle.loads(memoryview(reply)[1:])
-    if type(received) is list:
-        results += received
-        return False
+def _read_results(reply: bytes) -> list[Any]:
+    """Return the results of a reply, with _NoResult in place of those that are lost."""
+    received: Any = pickle.loads(memoryview(reply)[1:])
+    if type(received) is tuple:
+        return [
+            _loaded(part) if type(part) is bytes else _NoResult(_unpacked_error(part))
+            for part in received
+        ]
     if type(received) is dict:
         in_thread = _module_of_workers()._in_thread
         lost: dict[type, _NoResult] = {}
         in_thread.classes = [_loaded_class(data, lost) for data in received["classes"]]
-        loaded, has_failed = _loaded(received["results"])
+        loaded = _loaded(received["results"])
         in_thread.classes = None
-        if has_failed:
-            loaded = [loaded] * received["count"]
-        elif lost:
-            loaded = [_lost_class_in(result, lost) or result for result in loaded]
-        results += loaded
-        return has_failed or bool(lost)
-    has_failed = False
-    for part in received:
-        if type(part) is bytes:
-            result, is_lost = _loaded(part)
-        else:
-            result, is_lost = _NoResult(_unpacked_error(part)), True
-        results.append(result)
-        has_failed |= is_lost
-    return has_failed
+        if type(loaded) is _NoResult:
+            return [loaded] * received["count"]
+        if lost:
+            return [_lost_class_in(result, lost) or result for result in loaded]
+        received = loaded
+    return cast("list[Any]", received)
 
 
-def _loaded(data: bytes) -> tuple[Any, bool]:
-    """Return what was pickled and False, or _NoResult and True."""
+def _loaded(data: bytes) -> Any:
+    """Return what was pickled, or _NoResult."""
     try:
-        return pickle.loads(data), False
+        return pickle.loads(data)
     except (Exception, SystemExit, GeneratorExit) as error:
         _raise_if_of_handler(error)
         what = "the result cannot be unpickled"
-        return _NoResult(_unpickling_error(what, error)), True
+        return _NoResult(_unpickling_error(what, error))
 
 
 def _loaded_class(data: bytes, lost: dict[type, _NoResult]) -> type:
@@ -2485,8 +2478,8 @@ def _loaded_class(data: bytes, lost: dict[type, _NoResult]) -> type:
 
     Its objects are unpickled by default, so that any class will do.
     """
-    loaded, has_failed = _loaded(data)
-    if has_failed:
+    loaded = _loaded(data)
+    if type(loaded) is _NoResult:
         failed, loaded = loaded, type("Lost", (), {})
         lost[loaded] = failed
     return cast("type", loaded)
@@ -2636,19 +2629,17 @@ class _InWorker:
 
 
 def _run_in_thread(task_func: Any, returns_errors: bool, tasks: list[Any]) -> Any:
-    """Return the results of tasks, whether some are _NoResult, and how long it took."""
-    has_failed, start = False, time.perf_counter()
+    """Return the results of tasks, and how long it took."""
+    start = time.perf_counter()
 
     def failed(error: BaseException) -> _NoResult:
-        nonlocal has_failed
-        has_failed = True
         trace = sys.exc_info()[2]
         # Without the frame of _run_tasks, which would refer to it, too.
         return _NoResult(BaseException.with_traceback(error, trace and trace.tb_next))
 
     numbered = zip(itertools.repeat(0), tasks)  # nobody reads the numbers
     results, _ = _run_tasks(task_func, returns_errors, numbered, failed, [0])
-    return results, has_failed, time.perf_counter() - start
+    return results, time.perf_counter() - start
 
 
 def _run_tasks(
@@ -3007,7 +2998,6 @@ class _Processes(_Engine):
             return failure
         results += [_NoResult(reply.unsent())] * (ended - len(results))
         results += [_NoResult(failure)] * (begun - ended)
-        batch.has_failed = True
         return None
 
     def explained(self, error: Any, note: str, batch: _Batch) -> BaseException:
