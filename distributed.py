@@ -3635,27 +3635,21 @@ def _serve(connection: Any, page_name: Any, sentinel: Any) -> None:
         _hold_life_line(sentinel)
     # An interrupt is for the program: it ends the run, and so this process.
     signal.signal(signal.SIGINT, lambda *_: None)
+    server = _Server(connection, page)
     try:
         if sys.platform == "win32":
             _join_job_object(page_name)
-        _Server(connection, page).serve()
+        server.serve()
     except _ProgramEnded:
         pass
     except BaseException as error:
-        what = "a worker has failed"
-        if isinstance(error, _InitializerFailed):
-            what, error = _INITIALIZER_HAS_FAILED, cast("Any", error.__cause__)
         packed = _pack_error(error, _make_dump({}))
         with contextlib.suppress(OSError, ValueError):
-            connection.send_bytes(_BROKEN + pickle.dumps((what, packed)))
+            connection.send_bytes(_BROKEN + pickle.dumps((server.failure, packed)))
 
 
 class _ProgramEnded(BaseException):
     """In a worker: the connection has ended; or this is a fork that a task has left."""
-
-
-class _InitializerFailed(BaseException):
-    """In a worker: the initializer has raised the cause of this."""
 
 
 class _Server:
@@ -3665,6 +3659,7 @@ class _Server:
         self.connection = connection
         self.page = page
         self.pickler: Any = None
+        self.failure = "a worker has failed"  # what an exception would mean
 
     def serve(self) -> None:
         process = multiprocessing.current_process()
@@ -3707,13 +3702,12 @@ class _Server:
                 function.payload = b""
 
     def initialize(self, prepared: bytes) -> None:
-        try:
-            with _Loading():
-                initializer, initargs = pickle.loads(prepared)
-                if initializer is not None:
-                    initializer(*initargs)
-        except BaseException as error:
-            raise _InitializerFailed from error
+        usual, self.failure = self.failure, _INITIALIZER_HAS_FAILED
+        with _Loading():
+            initializer, initargs = pickle.loads(prepared)
+            if initializer is not None:
+                initializer(*initargs)
+        self.failure = usual
 
     def receive(self) -> bytes:
         try:
