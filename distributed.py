@@ -1400,7 +1400,8 @@ class _Run:
         with self.lifetime:
             engine.workers = int(engine.effective_n_jobs(parallel.n_jobs))
             if engine.workers == 0:
-                raise RuntimeError(f"{engine.name} has no active worker")
+                name = type(engine.backend).__name__
+                raise RuntimeError(f"{name} has no active worker")
             if engine.workers == 1 and not (self.asks and engine.can_isolate()):
                 return False
             self.max_batches = _count_of_batches(parallel.pre_dispatch, engine.workers)
@@ -1680,16 +1681,16 @@ class _Engine:
     dump: Any = None  # pickles the function and the tasks, if they are sent
 
     def __init__(self, backend: Any) -> None:
-        self.name = type(backend).__name__
         # A copy, since it may be shared. Dask's is not copied by copy.copy().
         self.backend: Any = object.__new__(type(backend))
         vars(self.backend).update(vars(backend))
-        self.parallel: Any = None  # has the options; it is not called
 
     def configure(self, n_jobs: int, options: dict[str, Any]) -> Any:
-        """Have joblib check the options; return the Parallel that has them."""
-        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=self.backend, **options)
-        return self.parallel
+        """Have joblib check the options; return the Parallel that has them.
+
+        It is not called.
+        """
+        return joblib.Parallel(n_jobs=n_jobs, backend=self.backend, **options)
 
     def effective_n_jobs(self, n_jobs: int) -> int:
         return int(self.backend.effective_n_jobs(n_jobs))
@@ -1898,8 +1899,8 @@ class _Registered(_Engine):
         self.clean_ups = contextlib.ExitStack()  # calls all, even if one fails
 
     def start(self, run: _Run) -> None:
-        self.clean_ups.push(self.parallel)
-        self.parallel.__enter__()
+        self.clean_ups.push(run.parallel)
+        run.parallel.__enter__()
         self.clean_ups.callback(self.backend.stop_call)
         self.backend.start_call()
         if not getattr(self.backend, "supports_sharedmem", False):
@@ -2898,14 +2899,12 @@ class _Processes(_Engine):
 
     def configure(self, n_jobs: int, options: dict[str, Any]) -> Any:
         resolver = _Resolver(nesting_level=self.backend.nesting_level)
-        self.parallel = joblib.Parallel(n_jobs=n_jobs, backend=resolver, **options)
-        with self.parallel:
+        parallel = joblib.Parallel(n_jobs=n_jobs, backend=resolver, **options)
+        with parallel:
             options = {**self.backend.backend_kwargs, **resolver.options}
         self.backend.nesting_level = resolver.nesting_level  # for nested()
-        self.idle_seconds = options.get("idle_worker_timeout") or 300
-        self.initializer = options.get("initializer"), options.get("initargs", ())
         self.options = options
-        return self.parallel
+        return parallel
 
     def sends_results(self, n_jobs: int, asks: Any) -> bool:
         return bool(n_jobs != 1 or (asks and self.can_isolate()))
@@ -2951,10 +2950,12 @@ class _Processes(_Engine):
         """Return idle workers of these settings, or a new pool."""
         environment = {**os.environ}
         environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
-        user_reducers = self.options.get("backward_reducers") or {}
+        options = self.options
+        user_reducers = options.get("backward_reducers") or {}
+        initializer = options.get("initializer"), options.get("initargs", ())
         try:
             dump = _make_dump(_common_reducers())
-            prepared = dump((dump(self.initializer), user_reducers, self.nested()))
+            prepared = dump((dump(initializer), user_reducers, self.nested()))
         except Exception as error:
             _raise_if_of_handler(error)
             failure = _pickling_error(
@@ -3016,7 +3017,8 @@ class _Processes(_Engine):
             self.function.run_has_ended = True
         try:
             if pool is not None:
-                pool.stop(kill=True) if kill else pool.keep(self.idle_seconds)
+                seconds = self.options.get("idle_worker_timeout") or 300
+                pool.stop(kill=True) if kill else pool.keep(seconds)
         finally:
             if self.files is not None:
                 self.files.close()
