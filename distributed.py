@@ -805,11 +805,11 @@ def _is_number(value: Any, least: float) -> bool:
     return is_number and operator.ge(value, least)
 
 
-def _seconds(value: Any) -> float | None:
+def _seconds(value: Any) -> float:
     """Return a limit of time as waits take it: numpy has numbers that are no float."""
-    if value is None or isinstance(value, int):
-        return value and min(value, 10**9)
-    return min(float(value), 1e9)
+    if value is None:
+        return math.inf
+    return min(value, 10**9) if isinstance(value, int) else min(float(value), 1e9)
 
 
 # Names that options have in other libraries, and what to use instead.
@@ -1367,9 +1367,9 @@ class _Run:
         self.returns_errors = options.pop("errors", None) == "return"
         self.returns_tasks = options.pop("return_tasks", False)
         self.timeout = _seconds(options.pop("timeout", None))
-        self.max_tasks: int | None = options.pop("maxtasksperchild", None)
+        self.max_tasks: float = options.pop("maxtasksperchild", None) or math.inf
         # For one worker to be a process, if there can be one.
-        self.asks = self.timeout is not None or self.returns_errors or self.max_tasks
+        self.asks = self.returns_errors or min(self.timeout, self.max_tasks) < math.inf
         self.engine = _engine_class(backend)(backend)
         if self.engine.sends_results(n_jobs, self.asks):
             _check_that_results_travel(task_func)
@@ -1434,8 +1434,8 @@ class _Run:
         elif size == "auto":
             weight = max(self.engine.task_weight, 1)
             most = max(1, int(_MAX_BATCH_BYTES / weight))
-            size = self.auto_size = min(self.auto_size, most, self.max_tasks or most)
-        return int(min(size, self.max_tasks or size))
+            size = self.auto_size = int(min(self.auto_size, most, self.max_tasks))
+        return int(min(size, self.max_tasks))
 
     def draw(self) -> None:
         """Draw the tasks of a batch for each worker; of one, if batches have one task.
@@ -1514,8 +1514,7 @@ class _Run:
     def wait(self) -> tuple[int | None, Any] | None:
         """Return the next report, or None if it is time to look at the engine."""
         self.engine.secede_from_pool()
-        limit = math.inf if self.engine.limits_tasks else self.timeout
-        left = (math.inf if limit is None else limit) - self.waited
+        left = math.inf if self.engine.limits_tasks else self.timeout - self.waited
         try:
             report = self.inbox.take(min(left, self.engine.look_again))
         except queue.Empty:
@@ -2919,14 +2918,13 @@ class _Processes(_Engine):
                 "a worker, and these would start more: guard it by `if __name__ == "
                 "'__main__':`"
             )
-        self.max_tasks = run.max_tasks or math.inf
         self.tasks_pickled = 0
         self.files = _ArrayFiles(self.options)
         _pickle_main_by_value()
         self.dump = _make_dump({**_common_reducers(), **self.files.reducers})
         payload = self.pickled_function(run.task_func)
         settings: Any = payload, run.returns_errors, {}
-        watches = run.returns_errors or run.timeout is not None
+        watches = run.returns_errors or run.timeout < math.inf
         self.function = _FunctionMessage(self.dump((settings, watches), _FUNCTION), run)
         self.files.of_function, self.files.weight = self.files.kept, 0
 
@@ -2943,10 +2941,10 @@ class _Processes(_Engine):
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
         if self.pool is None:
-            self.pool = self.find_pool()
+            self.pool = self.find_pool(run.max_tasks)
         self.pool.submit(_Job(self.function, batch, report))
 
-    def find_pool(self) -> _Pool:
+    def find_pool(self, max_tasks: float) -> _Pool:
         """Return idle workers of these settings, or a new pool."""
         environment = {**os.environ}
         environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
@@ -2971,7 +2969,7 @@ class _Processes(_Engine):
             os.getcwd(),
             [*sys.path],
             prepared,
-            self.max_tasks,
+            max_tasks,
             self.workers,
         )
         pool = _take_pool(recipe)
@@ -3053,7 +3051,7 @@ class _FunctionMessage:
 
     def __init__(self, message: bytes, run: _Run) -> None:
         self.message = message
-        self.limit = math.inf if run.timeout is None else run.timeout
+        self.limit = run.timeout
         # Seconds for a worker to start, and for what stalls.
         self.patience = max(self.limit, _START_PATIENCE)
         self.returns_errors = run.returns_errors
