@@ -3059,7 +3059,6 @@ class _FunctionMessage:
         # To begin a task, in a row, of all workers. Attendants count at once: one may
         # be lost, here and in skip_after, which costs no more than another try.
         self.failures = 0
-        self.max_failures = _MAX_FAILURES * run.engine.workers
         self.at_work: set[_Worker] = set()
         self.skip_after = math.inf  # the number of a batch whose failure ends the run
         self.run_has_ended = False  # idle workers are to forget it
@@ -3204,7 +3203,6 @@ class _Worker:
         self.page: Any = None  # of memory, as numbers
         self.patience = -1.0  # seconds for which a message may stall
         self.is_ready = False
-        self.is_warm = False  # the process has had a function
         self.function: Any = None  # that the process has
         self.done = 0  # tasks that were sent to the process
         self.done_before = 0  # of these, before it had the function
@@ -3285,7 +3283,7 @@ class _Worker:
         Return False if a process was lost that had begun none of its tasks: then this
         can be called again, also by another attendant.
         """
-        function, was_warm = job.function, self.is_warm
+        function, was_warm = job.function, self.done > 0
         while job.messages and not job.is_stopped:
             if job.messages[0] is None:
                 job.outcome.append(None)
@@ -3367,7 +3365,7 @@ class _Worker:
     def gives_up(self, function: _FunctionMessage, was_warm: bool) -> bool:
         """Return whether the run ends, since processes are lost before they begin."""
         function.failures += 1
-        has_enough = function.failures >= function.max_failures
+        has_enough = function.failures >= _MAX_FAILURES * self.recipe.size
         has_no_chance = not (function.was_loaded or was_warm)
         return has_no_chance or (has_enough and not function.at_work)
 
@@ -3393,7 +3391,7 @@ class _Worker:
         reply = self.receive(function.patience)
         self.is_ready = True
         if reply == _READY:
-            self.function, function.was_loaded, self.is_warm = function, True, True
+            self.function, function.was_loaded = function, True
             self.done_before = self.done
         elif function.was_loaded:  # elsewhere: so this worker is at fault
             raise _BrokenWorkerError(reply)
@@ -3510,7 +3508,7 @@ class _Worker:
         self.leave()
         self.close(*self.pipe)
         self.process, self.page, self.done = None, None, 0
-        self.is_ready = self.is_warm = False
+        self.is_ready = False
         return code
 
     def retire(self) -> None:
