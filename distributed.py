@@ -3201,7 +3201,6 @@ class _Worker:
         self.poller: Any = None  # of the connection
         self.pipe: list[Any] = []  # the process is killed as its writing end is closed
         self.page: Any = None  # of memory, as numbers
-        self.patience = -1.0  # seconds for which a message may stall
         self.is_ready = False
         self.function: Any = None  # that the process has
         self.done = 0  # tasks that were sent to the process
@@ -3229,7 +3228,6 @@ class _Worker:
         if hasattr(select, "poll"):  # Connection.poll() makes a selector each time
             self.poller = select.poll()
             self.poller.register(self.connection, select.POLLIN)
-        self.patience = -1.0
         self.limit_stalls(patience)
         key = bytes(multiprocessing.current_process().authkey)  # of managers
         settings = pickle.dumps((self.recipe.path, sys.argv, key))
@@ -3430,8 +3428,7 @@ class _Worker:
 
     def limit_stalls(self, patience: float) -> None:
         """Let no send or receive wait for ever for a worker that has stalled in it."""
-        if os.name == "posix" and patience != self.patience:
-            self.patience = patience
+        if os.name == "posix":
             value = struct.pack("ll", math.ceil(min(patience, 1e9)), 0)
             with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
                 for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
