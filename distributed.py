@@ -1513,7 +1513,6 @@ class _Run:
 
     def wait(self) -> tuple[int | None, Any] | None:
         """Return the next report, or None if it is time to look at the engine."""
-        self.engine.secede_from_pool()
         left = math.inf if self.engine.limits_tasks else self.timeout - self.waited
         try:
             report = self.inbox.take(min(left, self.engine.look_again))
@@ -1712,11 +1711,11 @@ class _Engine:
     def check(self) -> None:
         """Raise an exception if no report will ever come."""
 
-    def secede_from_pool(self) -> None:
-        """Let another task run while this thread waits, if it is one of a pool."""
-
     def reading(self) -> Any:
-        """Return a context manager that is open while results are read."""
+        """Return a context manager that is open while results are read.
+
+        If this thread is one of a pool, it lets another task run meanwhile.
+        """
         return contextlib.nullcontext()
 
     def pack(self, batch: _Batch) -> None:
@@ -1974,7 +1973,6 @@ class _Dask(_Engine):
     """
 
     look_again = 2
-    next_look: float = 0
 
     def __init__(self, backend: Any) -> None:
         super().__init__(backend)
@@ -2022,20 +2020,16 @@ class _Dask(_Engine):
         if self.client.status in ("closing", "closed"):
             raise RuntimeError("the client of Dask has been closed")
 
-    def secede_from_pool(self) -> None:
-        if self in _seceded.runs:
-            return
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        # joblib's own fails for the second run that a task has open, and does not
+        # rejoin after one that is left.
         if not _seceded.is_out:
             # Fails if this is no thread of a task, or if the task has seceded itself.
             with contextlib.suppress(Exception):
                 importlib.import_module("dask.distributed").secede()
                 _seceded.is_out = True
         _seceded.runs.add(self)
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        # joblib's own fails for the second run that a task has open, and does not
-        # rejoin after one that is left.
         try:
             yield
         finally:
