@@ -2234,13 +2234,13 @@ def _reduce_cached(function: Any) -> Any:
 
     That is: to its name, if workers can import it from there.
     """
-    kind = _loky("backend.reduction").get_loky_pickler()
-    by_value = sys.modules[kind.__mro__[1].__module__].list_registry_pickle_by_value()
-    names = itertools.accumulate(function.__module__.split("."), "{}.{}".format)
+    by_value = _cloudpickle().list_registry_pickle_by_value()
+    module = function.__module__ or ""  # a method of a built-in type has none
+    names = itertools.accumulate(module.split("."), "{}.{}".format)
     found: Any = functools.reduce(
         lambda owner, name: getattr(owner, name, None),
         getattr(function, "__qualname__", "").split("."),  # a partial has none
-        sys.modules.get(function.__module__),
+        sys.modules.get(module),
     )
     if found is function and not {"__main__", *by_value}.intersection(names):
         return function.__reduce__()
@@ -2266,6 +2266,13 @@ def _loky(module: str) -> Any:
     return importlib.import_module(f"joblib.externals.loky.{module}")
 
 
+def _cloudpickle() -> Any:
+    try:
+        return importlib.import_module("joblib.externals.cloudpickle")
+    except ImportError:  # joblib 1.6
+        return importlib.import_module("cloudpickle")
+
+
 def _pickling_error(what: str, error: BaseException) -> pickle.PicklingError:
     failure = pickle.PicklingError(f"{what}: {_error_line(error)}")
     # Without the frame that has caught it, which will refer to this exception.
@@ -2279,11 +2286,9 @@ def _unpickling_error(what: str, error: BaseException) -> pickle.UnpicklingError
     message = f"{what}: {_error_line(error)}"
     trace: Any = error.__traceback__
     if isinstance(error, ImportError):
-        kind = _loky("backend.reduction").get_loky_pickler()
-        cloudpickle = kind.__mro__[1].__module__.rpartition(".")[0]
         message += (
             ": install it where the workers are, or have the module sent with what "
-            f"is of it, by {cloudpickle}.register_pickle_by_value"
+            f"is of it, by {_cloudpickle().__name__}.register_pickle_by_value"
         )
     elif isinstance(error, AttributeError) and not trace.tb_next:  # of pickle itself
         message += (
@@ -3033,11 +3038,7 @@ def _pickle_main_by_value() -> None:
     The program is called __mp_main__ there, which no worker can import.
     """
     if "__mp_main__" in sys.modules:
-        try:
-            cloudpickle = importlib.import_module("joblib.externals.cloudpickle")
-        except ImportError:  # joblib 1.6
-            cloudpickle = importlib.import_module("cloudpickle")
-        cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
+        _cloudpickle().register_pickle_by_value(sys.modules["__mp_main__"])
 
 
 class _FunctionMessage:
