@@ -2395,9 +2395,9 @@ _CONTAINERS = frozenset((dict, list, set))
 class _ReplyPickler:
     """Pickles the replies of a worker."""
 
-    def __init__(self, reducers: Any) -> None:
+    def __init__(self, reducers: Any, page: Any) -> None:
         self.dump = _make_dump(reducers)
-        self.page: Any = [0, 0, 0, 0]  # see _BEGUN
+        self.page = page  # see _BEGUN
 
     def reply(self, kind: bytes, results: list[Any]) -> bytes:
         """Return the reply that has these results, some of which may be _NoResult."""
@@ -2776,7 +2776,7 @@ class _LoadedFunction:
     def __call__(self, messages: list[Any], scattered: Any = None) -> list[Any]:
         """Return the replies to messages: in workers of Dask, and of others."""
         with joblib.parallel_config(**self.config):
-            pickler = _ReplyPickler(_array_reducers(_reduce_to_copy))
+            pickler = _ReplyPickler(_array_reducers(_reduce_to_copy), [0, 0, 0, 0])
             if (reply := self.load(pickler.dump)) != _READY:
                 return [reply]
             replies: list[Any] = []
@@ -3662,8 +3662,7 @@ class _Server:
 
     def answer_all(self, user_reducers: dict[Any, Any]) -> None:
         reducers = {**_array_reducers(_reduce_array), **user_reducers}
-        self.pickler = _ReplyPickler(reducers)
-        self.pickler.page = self.page
+        self.pickler = _ReplyPickler(reducers, self.page)
         self.reply(_READY)
         # Later collections skip what is there by now. PyPy has no gc.freeze.
         getattr(gc, "freeze", gc.collect)()
