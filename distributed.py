@@ -1155,7 +1155,6 @@ def _one_by_one(
 ) -> Generator[Any, None, None]:
     """Yield results like `map`, but a StopIteration of *task_func* is an error."""
     counter = itertools.count()
-    has_extras = returns_tasks or progress is not None
     result: Any
     for task in tasks:
         number = next(counter)  # enumerate() would keep a reference to the task
@@ -1170,10 +1169,10 @@ def _one_by_one(
                 raise failed from error
             result = FailedTask(number, task, failed)
             del failed
-        if has_extras:
-            result = (task, result) if returns_tasks else result
-            if progress is not None:
-                progress.add(1)
+        if returns_tasks:
+            result = task, result
+        if progress is not None:
+            progress.add(1)
         del task  # keep no reference while the next one is drawn and run
         yield result
         del result
