@@ -934,10 +934,7 @@ def _check_option(name: str, value: Any) -> None:
 def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
     """Raise an error if one of *options* is unknown, or known to be bad."""
     kind: Any = type(backend)
-    more: frozenset[str] = frozenset()
-    if _engine_class(backend) is _Processes:
-        more = frozenset((*_OF_PROCESSES, "forward_reducers", "backward_reducers"))
-    known, for_constructor = _option_names(kind, more)
+    known, for_constructor = _option_names(kind, _engine_class(backend).more_options)
     for name, value in options.items():
         if name in _INSTEAD and name not in known:
             message = f"{name}={value!r} is not an option: use {_INSTEAD[name]}"
@@ -1668,6 +1665,7 @@ class _Engine:
     again after that; the other methods are for the consumer's thread.
     """
 
+    more_options: frozenset[str] = frozenset()  # than the backend's `configure` has
     pool: Any = None  # of processes
     workers = 1
     batch_seconds = 0.4  # that a batch of many tasks should take
@@ -2890,6 +2888,7 @@ class _Processes(_Engine):
     They are kept for the next run that wants the same.
     """
 
+    more_options = frozenset((*_OF_PROCESSES, "forward_reducers", "backward_reducers"))
     limits_tasks = True
     function: Any = None  # a _FunctionMessage
     files: Any = None  # an _ArrayFiles
