@@ -2270,15 +2270,20 @@ def _cloudpickle() -> Any:
         return importlib.import_module("cloudpickle")
 
 
-def _pickling_error(what: str, error: BaseException) -> pickle.PicklingError:
-    failure = pickle.PicklingError(f"{what}: {_error_line(error)}")
+def _pickling_error(what: str, error: BaseException) -> Any:
+    return _caused(pickle.PicklingError(f"{what}: {_error_line(error)}"), error)
+
+
+def _caused(failure: Any, error: BaseException) -> Any:
+    """Return an exception with its cause."""
     # Without the frame that has caught it, which will refer to this exception.
     trace = error.__traceback__
-    failure.__cause__ = error.with_traceback(trace and trace.tb_next)
+    BaseException.with_traceback(error, trace and trace.tb_next)
+    failure.__cause__ = error
     return failure
 
 
-def _unpickling_error(what: str, error: BaseException) -> pickle.UnpicklingError:
+def _unpickling_error(what: str, error: BaseException) -> Any:
     """Return an exception that says what cannot be unpickled, and what to do."""
     message = f"{what}: {_error_line(error)}"
     trace: Any = error.__traceback__
@@ -2292,9 +2297,7 @@ def _unpickling_error(what: str, error: BaseException) -> pickle.UnpicklingError
             ": what the program has wrapped or made with slots is sent by its name, "
             "which other processes do not have: put it into a module"
         )
-    failure = pickle.UnpicklingError(message)
-    failure.__cause__ = error.with_traceback(trace and trace.tb_next)
-    return failure
+    return _caused(pickle.UnpicklingError(message), error)
 
 
 def _error_line(error: BaseException) -> str:
@@ -3161,7 +3164,7 @@ def _new_page() -> tuple[Any, Any]:
     try:
         file: Any = os.fdopen(os.memfd_create("tasks begun"), "r+b", buffering=0)
     except (AttributeError, OSError):  # macOS, or it is not permitted
-        file = tempfile.TemporaryFile(buffering=0)
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
     # Written, since on a full disk a hole in the file would be a SIGBUS.
     file.write(bytes(_PAGE_BYTES))
     return file, file.fileno()
