@@ -983,7 +983,8 @@ def _chosen_backend(options: dict[str, Any]) -> Any:
     if backend == "dask":
         _require_dask()
     elif backend == "ray":
-        _register_ray()
+        needs = "Ray: install it with pip install ray"
+        _import_engine("ray.util.joblib", f"backend='ray' needs {needs}").register_ray()
     names = _joblib_backends()
     if not isinstance(backend, str) or backend not in names:
         expected = ", ".join(map(repr, sorted(names)))
@@ -1006,27 +1007,22 @@ def _joblib_backends() -> set[str]:
     }
 
 
-def _require_dask() -> None:
+def _import_engine(module: str, message: str) -> Any:
     try:
-        package = importlib.import_module("distributed")
+        return importlib.import_module(module)
     except ImportError as error:
-        message = "install it with pip install 'dask[distributed]'"
-        raise ImportError(f"backend='dask' needs Dask: {message}") from error
+        raise ImportError(message) from error
+
+
+def _require_dask() -> None:
+    needs = "Dask: install it with pip install 'dask[distributed]'"
+    package = _import_engine("distributed", f"backend='dask' needs {needs}")
     if not hasattr(package, "Client"):
         raise ImportError(
             f"backend='dask' needs Dask's package 'distributed', which is hidden by "
             f"{package.__file__}, a top-level module of the same name: move that file "
             "into a package"
         )
-
-
-def _register_ray() -> None:
-    try:
-        ray = importlib.import_module("ray.util.joblib")
-    except ImportError as error:
-        message = "backend='ray' needs Ray: install it with pip install ray"
-        raise ImportError(message) from error
-    ray.register_ray()
 
 
 # --------------------------------------------------------------------------------------
