@@ -3823,9 +3823,8 @@ class _Modules:
     """
 
     def __init__(self) -> None:
-        self.modules: dict[str, Any] = {}
-        self.namespaces: list[dict[str, Any]] = []
-        self.specs: list[Any] = []
+        # By name: a module, its namespace and its spec.
+        self.known: dict[str, tuple[Any, dict[str, Any], Any]] = {}
         self.times: dict[str, int] = {}  # of the last changes of files
         self.update()
 
@@ -3834,30 +3833,28 @@ class _Modules:
         # Not by getattr(), at which a lazy module is loaded.
         namespace_of = vars(types.ModuleType)["__dict__"].__get__
         modules = sys.modules.copy()
-        for name in modules.keys() - self.modules.keys():
-            self.modules[name] = modules[name]
-            is_module = issubclass(type(modules[name]), types.ModuleType)
-            self.namespaces.append(namespace_of(modules[name]) if is_module else {})
-            self.specs.append(self.namespaces[-1].get("__spec__"))
-        for spec in self.specs if "IPython.extensions.autoreload" in modules else ():
-            # It changes modules in place when their files have changed. Installed
-            # packages are left out, since they have too many files.
-            folders = operator.itemgetter("stdlib", "platlib", "purelib")
-            installed = folders(sysconfig.get_paths())
+        for name in modules.keys() - self.known.keys():
+            module = modules[name]
+            is_module = issubclass(type(module), types.ModuleType)
+            namespace = namespace_of(module) if is_module else {}
+            self.known[name] = module, namespace, namespace.get("__spec__")
+        if "IPython.extensions.autoreload" not in modules:
+            return
+        # It changes modules in place when their files have changed. Installed packages
+        # are left out, since they have too many files.
+        folders = operator.itemgetter("stdlib", "platlib", "purelib")
+        installed = folders(sysconfig.get_paths())
+        for _, _, spec in self.known.values():
             file = str(getattr(spec, "origin", None))
             if getattr(spec, "has_location", False) and not file.startswith(installed):
                 self.times.setdefault(file, _time_of_change(file))
 
     def are_current(self) -> bool:
         """Return whether none of them has been loaded again."""
-        now = map(sys.modules.get, self.modules)
-        specs = map(dict.get, self.namespaces, itertools.repeat("__spec__"))
-        times = map(_time_of_change, self.times)
-        return (
-            all(map(operator.is_, now, self.modules.values()))
-            and all(map(operator.is_, specs, self.specs))
-            and all(map(operator.eq, times, self.times.values()))
-        )
+        return all(
+            sys.modules.get(name) is module and namespace.get("__spec__") is spec
+            for name, (module, namespace, spec) in self.known.items()
+        ) and all(_time_of_change(file) == then for file, then in self.times.items())
 
 
 def _time_of_change(file: str) -> int:
