@@ -2914,7 +2914,6 @@ class _Processes(_Engine):
                 "a worker, and these would start more: guard it by `if __name__ == "
                 "'__main__':`"
             )
-        self.tasks_pickled = 0
         self.files = _ArrayFiles(self.options)
         _pickle_main_by_value()
         self.dump = _make_dump({**_common_reducers(), **self.files.reducers})
@@ -2928,8 +2927,7 @@ class _Processes(_Engine):
         self.files.remove_dropped()
         self.files.kept = batch.arrays
         super().pack(batch)
-        self.tasks_pickled += len(batch.tasks)
-        self.task_weight = self.files.weight / self.tasks_pickled
+        self.task_weight = self.files.weight / (batch.first + len(batch.tasks))
 
     def pack_apart(self, batch: _Batch) -> None:
         self.files.kept = batch.arrays
