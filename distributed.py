@@ -2925,13 +2925,12 @@ class _Processes(_Engine):
 
     def pack(self, batch: _Batch) -> None:
         self.files.remove_dropped()
-        self.files.kept = batch.arrays
         super().pack(batch)
         self.task_weight = self.files.weight / (batch.first + len(batch.tasks))
 
-    def pack_apart(self, batch: _Batch) -> None:
-        self.files.kept = batch.arrays
-        super().pack_apart(batch)
+    def tasks_to_send(self, batch: _Batch) -> list[Any]:
+        self.files.kept = batch.arrays  # of what is pickled from now on
+        return batch.tasks
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
         if self.pool is None:
