@@ -2804,14 +2804,12 @@ _last_function: dict[str, Any] = {}  # of a worker of another backend; by its ke
 
 def _answer_in_worker(key: str, function: Any, messages: list[Any]) -> list[Any]:
     """Run a batch by the function of the run *key*; the worker keeps one function."""
-    loaded = _last_function.get(key)
-    if loaded is None:
+    if key not in _last_function:
         if not isinstance(function, _LoadedFunction):  # a reference of Ray
             function = importlib.import_module("ray").get(function)
-        loaded = function
         _last_function.clear()
-        _last_function[key] = loaded
-    return cast("list[Any]", loaded(messages))
+        _last_function[key] = function
+    return cast("list[Any]", _last_function[key](messages))
 
 
 # --------------------------------------------------------------------------------------
