@@ -1238,12 +1238,17 @@ def _raise_if_of_handler(error: BaseException) -> None:
     """Raise an exception again that a signal handler of the program has raised.
 
     It may come out of any call: out of the iterator of the tasks, or out of pickle. A
-    handler is recognized by its arguments, one of which is the frame that called it.
+    handler is recognized by its arguments: the number of a signal that has one, and the
+    frame that called it.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
         passed = [*map(values.get, names), *values.get(rest or "", ())]
-        if any(type(v) is types.FrameType and v is frame.f_back for v in passed):
+        gets_frame = any(v is not None and v is frame.f_back for v in passed)
+        if gets_frame and any(
+            type(v) is int and v in signal.valid_signals() and callable(signal.getsignal(v))
+            for v in passed
+        ):
             raise error
 
 
