@@ -1238,16 +1238,18 @@ def _raise_if_of_handler(error: BaseException) -> None:
     """Raise an exception again that a signal handler of the program has raised.
 
     It may come out of any call: out of the iterator of the tasks, or out of pickle. A
-    handler is recognized by its arguments: the number of a signal that has one, and the
+    handler is recognized by its arguments: the number of a signal and, next to it, the
     frame that called it.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
         passed = [*map(values.get, names), *values.get(rest or "", ())]
-        gets_frame = any(v is not None and v is frame.f_back for v in passed)
-        if gets_frame and any(
-            type(v) is int and v in signal.valid_signals() and callable(signal.getsignal(v))
-            for v in passed
+        if any(
+            type(caller) is types.FrameType
+            and caller is frame.f_back
+            and isinstance(number, int)
+            and number in signal.valid_signals()
+            for number, caller in itertools.pairwise(passed)
         ):
             raise error
 
@@ -4004,7 +4006,7 @@ _READ_ONLY = (
 # so.
 _SAYS_READ_ONLY = re.compile(
     r"^[ |]*(Buffer|Type|Value)Error: .*("
-    r"\b(array|buffer|destination|memory|out)\b.*\b(read.?only|write?able)\b"
+    r"\b(array|buffer|destination|memory|out)\b.{0,99}\b(read.?only|write?able)\b"
     r"|read.?only (array|buffer|memory)|object is not writable|read-write bytes"
     r"|WRITEABLE flag|WRITEBACKIFCOPY)",
     re.IGNORECASE | re.MULTILINE,
