@@ -1979,7 +1979,6 @@ class _Dask(_Engine):
         self.client = backend.client
         self.futures: set[Any] = set()  # of batches that are out
         self.function: Any = None  # a future
-        self.threads: list[int] = []  # how many all workers have, once that is known
         self.over = threading.Event()
 
     def sends_results(self, n_jobs: int, asks: Any) -> bool:
@@ -1996,23 +1995,20 @@ class _Dask(_Engine):
         self.dump = _make_dump(_common_reducers())
         payload = self.pickled_function(run.task_func)
         function = _LoadedFunction(payload, run.returns_errors, {"backend": "dask"})
-        options = self.backend.submit_kwargs
-        self.call = functools.partial(_call_on_dask, self.client, options)
         # Wrapped: Dask's scheduler unpickles the type of a result, and has not ours.
         self.function = self.call(-1, functools.partial, function)
         self.is_handed_out = asyncio.Event()
+        self.counted = self.workers  # threads of all workers, when last asked
         self.hand_out_function()
 
     def has_changed(self) -> bool:
         if time.monotonic() >= self.next_look:
             self.next_look = time.monotonic() + self.look_again
             # The scheduler may never answer: do not wait for it.
-            self.client.loop.add_callback(_count_on_dask, self.client, self.threads)
-        before = self.workers
-        if self.threads:
-            self.workers = max(2, self.threads[0])
-        if self.workers == before:
+            self.client.loop.add_callback(self.count_workers)
+        if self.workers == self.counted:
             return False
+        self.workers = self.counted
         self.hand_out_function()
         return True
 
@@ -2039,8 +2035,7 @@ class _Dask(_Engine):
                 importlib.import_module("dask.distributed").rejoin()
 
     def hand_out_function(self) -> None:
-        state = self.function, self.is_handed_out
-        self.client.loop.add_callback(_hand_out_on_dask, self.client, *state)
+        self.client.loop.add_callback(self.copy_to_workers, self.function)
 
     def tasks_to_send(self, batch: _Batch) -> list[Any]:
         # What the user has scattered stays where it is: its key replaces it.
@@ -2052,13 +2047,9 @@ class _Dask(_Engine):
         ]
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
-        apply = importlib.import_module("dask.utils").apply
         arguments = [batch.messages, batch.scattered]
-        call = functools.partial(
-            self.call, batch.number, apply, self.function, arguments
-        )
-        state = self.function, self.is_handed_out, self.futures, self.over
-        self.client.loop.add_callback(_run_on_dask, self.client, call, *state, report)
+        state = self.function, batch.number, arguments, report
+        self.client.loop.add_callback(self.run, *state)
 
     def end(self, *, kill: bool) -> None:
         self.over.set()
@@ -2066,6 +2057,62 @@ class _Dask(_Engine):
             self.client.cancel([*self.futures, *filter(None, [self.function])])
         self.futures.clear()
         self.function = None  # so that the cluster releases it
+
+    def call(self, number: int, *call: Any) -> Any:
+        """Have the cluster call something; return the future."""
+        # Dask takes tasks of one name for one kind: these are shared out evenly.
+        name = "function" if number < 0 else "batch"
+        options = self.backend.submit_kwargs
+        # Without a priority, calls that are submitted together may be run in any order.
+        options = {**options, "priority": options.get("priority", 0) - number * 1e-6}
+        config = importlib.import_module("dask").config
+        # Dask would warn of large tasks; but they have to be sent in some way.
+        limit = {"distributed.admin.large-graph-warning-threshold": "1TB"}
+        with _configuring_dask, config.set(limit):
+            return self.client.submit(
+                *call, key=f"{name}-{uuid.uuid4().hex}", **options
+            )
+
+    # These are called on the event loop of the client.
+
+    async def count_workers(self) -> None:
+        """Find out how many threads all workers have."""
+        with contextlib.suppress(Exception):  # the client has been closed, say
+            self.counted = max(2, sum((await self.client.ncores()).values()))
+
+    async def copy_to_workers(self, function: Any) -> None:
+        """Copy the function to all workers of the moment.
+
+        Dask has a call run where its arguments are, and moves calls to idle workers
+        only if earlier calls of the same name took long.
+        """
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            await function.exception(asynchronous=True)
+            # A worker that does not answer must not keep the others from work.
+            copying = self.client.replicate([function], asynchronous=True)
+            await asyncio.wait_for(copying, _PATIENCE)
+        self.is_handed_out.set()
+
+    async def run(
+        self, function: Any, number: int, arguments: Any, report: _ReportFunction
+    ) -> None:
+        """Have a batch run, and report its outcome."""
+        future: Any = None
+        try:
+            # Calls that wait for the function on the cluster would be run in any order.
+            await self.is_handed_out.wait()
+            if not self.over.is_set():
+                apply = importlib.import_module("dask.utils").apply
+                future = self.call(number, apply, function, arguments)
+                self.futures.add(future)
+                if self.over.is_set():  # meanwhile
+                    await self.client.cancel([future], asynchronous=True)
+                report(await self.client.gather(future, asynchronous=True))
+        except BaseException as error:
+            # Without the function, no other batch could be run, either.
+            is_lost = function.status in ("cancelled", "error")
+            report(_Failure(error, ends_run=is_lost))
+        self.futures.discard(future)
 
 
 class _Seceded(threading.local):
@@ -2078,66 +2125,6 @@ class _Seceded(threading.local):
 
 _seceded = _Seceded()
 _configuring_dask = threading.Lock()
-
-
-def _call_on_dask(client: Any, options: Any, number: int, *call: Any) -> Any:
-    """Have the cluster call something; return the future."""
-    # Dask takes tasks of one name for one kind: these are shared out evenly.
-    name = "function" if number < 0 else "batch"
-    # Without a priority, calls that are submitted together may be run in any order.
-    options = {**options, "priority": options.get("priority", 0) - number * 1e-6}
-    config = importlib.import_module("dask").config
-    # Dask would warn of large tasks; but they have to be sent in some way.
-    limit = {"distributed.admin.large-graph-warning-threshold": "1TB"}
-    with _configuring_dask, config.set(limit):
-        return client.submit(*call, key=f"{name}-{uuid.uuid4().hex}", **options)
-
-
-async def _count_on_dask(client: Any, threads: list[int]) -> None:
-    """Find out how many threads all workers have: on the event loop of the client."""
-    with contextlib.suppress(Exception):  # the client has been closed, say
-        threads[:] = [sum((await client.ncores()).values())]
-
-
-async def _hand_out_on_dask(client: Any, function: Any, done: asyncio.Event) -> None:
-    """Copy the function to all workers of the moment: on the event loop of the client.
-
-    Dask has a call run where its arguments are, and moves calls to idle workers only if
-    earlier calls of the same name took long.
-    """
-    with contextlib.suppress(Exception, asyncio.CancelledError):
-        await function.exception(asynchronous=True)
-        # A worker that does not answer must not keep the others from work.
-        copying = client.replicate([function], asynchronous=True)
-        await asyncio.wait_for(copying, _PATIENCE)
-    done.set()
-
-
-async def _run_on_dask(
-    client: Any,
-    call: Any,
-    function: Any,
-    is_handed_out: asyncio.Event,
-    futures: set[Any],
-    over: threading.Event,
-    report: _ReportFunction,
-) -> None:
-    """Have a batch run, and report its outcome: on the event loop of the client."""
-    future: Any = None
-    try:
-        # Calls that wait for the function on the cluster would be run in any order.
-        await is_handed_out.wait()
-        if not over.is_set():
-            future = call()
-            futures.add(future)
-            if over.is_set():  # meanwhile
-                await client.cancel([future], asynchronous=True)
-            report(await client.gather(future, asynchronous=True))
-    except BaseException as error:
-        # Without the function, no other batch could be run, either.
-        is_lost = function.status in ("cancelled", "error")
-        report(_Failure(error, ends_run=is_lost))
-    futures.discard(future)
 
 
 # --------------------------------------------------------------------------------------
