@@ -4269,18 +4269,16 @@ class _Lifetime:
     def __init__(self, run: _Run) -> None:
         self.run = weakref.ref(run)
         self.engine = run.engine
-        self.pid = 0  # of the process that it was started in
-        self.reader = threading.current_thread()  # the last one
+        self.pid = 0  # of the process that it was started in; 0 before that
         self.is_at_work = False  # inside of the engine
         self.is_busy = False  # something is out
         self.has_failed = False  # the engine, which takes no more
         self.end_lock = threading.Lock()  # test-and-set: it is never released
-        self.ended = threading.Event()  # set if there is nothing to end
-        self.ended.set()
+        self.ended = threading.Event()
 
     def begin(self) -> None:
-        self.pid, self.reader = os.getpid(), threading.current_thread()
-        self.ended.clear()
+        self.pid = os.getpid()
+        self.reader = threading.current_thread()  # the last one
         _state.open_runs.add(self)
         _end_all_at_exit(self.pid)
 
