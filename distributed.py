@@ -1550,24 +1550,21 @@ class _Run:
         if failure is None and not has_failed and done == len(batch.tasks):
             return results, None
         failure = failure or _Failure(RuntimeError("results are missing"))
-        suspects = batch.tasks[done:]
-        first = batch.first + done
-        if failure.suspects is not None:
-            suspects = [batch.tasks[index] for index in failure.suspects]
-            first = batch.first + failure.suspects.start
-        rest: BaseException | None = None  # one exception for all of these tasks
+        span = failure.suspects
+        if span is None:
+            span = range(done, len(batch.tasks))
+        suspects = batch.tasks[span.start : span.stop]
+        # One exception for all tasks without results.
+        rest = failure.explained(_tasks_note(batch.first + span.start, suspects))
         items: list[Any] = []
         for index, task in enumerate(batch.tasks):
-            if index < done and type(results[index]) is not _NoResult:
-                items.append(results[index])
-                continue
+            error: BaseException = rest
             if index < done:
+                if type(results[index]) is not _NoResult:
+                    items.append(results[index])
+                    continue
                 note = _task_note(batch.first + index, task)
                 error = self.engine.explained(results[index].error, note, batch)
-            else:
-                if rest is None:
-                    rest = failure.explained(_tasks_note(first, suspects))
-                error = cast("BaseException", rest)
             ends_run = index >= done and failure.ends_run
             if not self.returns_errors or ends_run or _leaves_debugger(error):
                 # If it is a task that has raised, the workers can be kept.
