@@ -936,31 +936,37 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
     kind: Any = type(backend)
     known, for_constructor = _option_names(kind, _engine_class(backend).more_options)
     for name, value in options.items():
-        if name in _INSTEAD and name not in known:
-            message = f"{name}={value!r} is not an option: use {_INSTEAD[name]}"
-            raise TypeError(message)
-        if name in _OF_PROCESSES and name not in known:
-            raise TypeError(
-                f"{name}={value!r} is an option of worker processes of this machine, "
-                f"those of 'loky' and 'multiprocessing', not of {kind.__name__}"
-            )
-        if name in for_constructor:
-            raise TypeError(
-                f"{name}={value!r} is not an option of setup: put it into "
-                f"joblib.parallel_config(backend=..., {name}=...) around the call"
-            )
         if name not in known:
-            usual = sorted(known - {"backward_reducers", "forward_reducers"})
-            near = difflib.get_close_matches(name, [*usual, "num_workers"], 1, 0.8)
-            expected = "".join(f"did you mean {word!r}? " for word in near)
-            expected += f"Expected one of {', '.join(map(repr, usual))}"
-            raise TypeError(f"unknown option {name}={value!r}: {expected}")
+            option, of = f"{name}={value!r}", kind.__name__
+            raise TypeError(_why_unknown(name, option, of, known, for_constructor))
         _check_option(name, value)
     # The number of workers may not be known yet: 64 stands for it.
     _count_of_batches(options.get("pre_dispatch", "all"), n_jobs if n_jobs > 1 else 64)
     shares_memory = getattr(backend, "supports_sharedmem", False)
     if options.get("require") == "sharedmem" and not shares_memory:
         raise ValueError(f"require='sharedmem' is more than {kind.__name__} can do")
+
+
+def _why_unknown(
+    name: str, option: str, kind: str, known: Any, for_constructor: Any
+) -> str:
+    if name in _INSTEAD:
+        return f"{option} is not an option: use {_INSTEAD[name]}"
+    if name in _OF_PROCESSES:
+        return (
+            f"{option} is an option of worker processes of this machine, those of "
+            f"'loky' and 'multiprocessing', not of {kind}"
+        )
+    if name in for_constructor:
+        return (
+            f"{option} is not an option of setup: put it into "
+            f"joblib.parallel_config(backend=..., {name}=...) around the call"
+        )
+    usual = sorted(known - {"backward_reducers", "forward_reducers"})
+    near = difflib.get_close_matches(name, [*usual, "num_workers"], 1, 0.8)
+    expected = "".join(f"did you mean {word!r}? " for word in near)
+    expected += f"Expected one of {', '.join(map(repr, usual))}"
+    return f"unknown option {option}: {expected}"
 
 
 def _chosen_backend(options: dict[str, Any]) -> Any:
