@@ -3188,7 +3188,7 @@ class _Worker:
         self.is_ready = False
         self.function: Any = None  # that the process has
         self.done = 0  # tasks that were sent to the process
-        self.done_before = 0  # of these, before it had the function
+        self.is_new = False  # the function: no message of it has been answered
         self.start_error: Any = None  # of the process that was started first
 
     def launch(self, patience: float) -> None:
@@ -3303,6 +3303,7 @@ class _Worker:
                 job.outcome.append(reply)
         finally:
             function.at_work.discard(self)
+        self.is_new = False
         kind = reply[:1]
         if kind == _BROKEN:
             self.kill_and_reap()
@@ -3374,7 +3375,7 @@ class _Worker:
         self.is_ready = True
         if reply == _READY:
             self.function, function.was_loaded = function, True
-            self.done_before = self.done
+            self.is_new = True
         elif function.was_loaded:  # elsewhere: so this worker is at fault
             raise _BrokenWorkerError(reply)
         return reply
@@ -3423,7 +3424,6 @@ class _Worker:
     def kill_and_explain(self, error: Exception, job: _Job, page: Any) -> _Failure:
         """Kill the process; return what has become of it."""
         process, is_ready = self.process, self.is_ready
-        is_first = self.done - self.done_before + job.begun == job.size
         goes_on = False
         if process is not None and isinstance(error, EOFError):
             try:
@@ -3440,7 +3440,9 @@ class _Worker:
             return _Failure(error)  # it could not be started
         if isinstance(error, (TimeoutError, BlockingIOError)):
             is_stalled = is_ready and isinstance(error, BlockingIOError)
-            text = _time_out_text(job.function, is_stalled, page, job.begun, is_first)
+            text = _time_out_text(
+                job.function, is_stalled, page, job.begun, self.is_new
+            )
             return _Failure(_TaskTimeoutError(text))
         if isinstance(error, (EOFError, ConnectionError)) or (
             isinstance(error, OSError) and error.errno is None
