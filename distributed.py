@@ -2494,6 +2494,7 @@ def _class_at(index: int) -> Any:
     return _in_thread.classes[index]
 
 
+@functools.cache
 def _module_of_workers() -> Any:
     """Return the module of this file by the name that it has in workers.
 
