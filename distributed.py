@@ -981,8 +981,8 @@ def _chosen_backend(options: dict[str, Any]) -> Any:
         # _Processes raises an exception that says more.
         backend = "loky"
     if backend is None:
-        names = options.keys() & {"prefer", "require"}
-        hints = {name: options[name] for name in names}
+        asked = ("prefer", "require")
+        hints = {name: options[name] for name in asked if name in options}
         return joblib.parallel.get_active_backend(**hints)[0]
     if isinstance(backend, joblib.parallel.ParallelBackendBase):
         return backend
