@@ -1391,7 +1391,9 @@ class _Run:
         self.out: dict[int, _Batch] = {}
         self.max_batches: float = 0  # the most that may be out
         self.batches, self.drawn = itertools.count(), 0
-        self.completed: _Batch | None = None  # whose results are being handed out
+        # How many tasks were in the batch whose results are being handed out, when it
+        # was sent, and the seconds that it took.
+        self.completed: tuple[int, float, float] | None = None
         self.results: list[Any] = []  # not yet handed out; the next one is the last
         self.waited = 0.0  # seconds, since a batch has completed
 
@@ -1417,7 +1419,7 @@ class _Run:
         """Draw and send until as much is out as may be. Return whether anything is."""
         with self.lifetime:
             if self.completed is not None:
-                self.note_completion(self.completed)
+                self.note_completion(*self.completed)
             if self.engine.has_changed():
                 formula = self.parallel.pre_dispatch
                 with contextlib.suppress(ValueError):  # the formula is 0 for a moment
@@ -1511,7 +1513,8 @@ class _Run:
             results, error_of_run = self.to_yield(batch, failure)
             if self.returns_tasks:
                 results = list(zip(batch.tasks, results, strict=False))
-            self.completed, self.lifetime.is_busy = batch, bool(self.out)
+            self.completed = len(batch.tasks), batch.sent_at, batch.seconds
+            self.lifetime.is_busy = bool(self.out)
         results.reverse()
         self.results = results
         return error_of_run
@@ -1579,17 +1582,17 @@ class _Run:
             items.append(FailedTask(batch.first + index, task, cast("Any", error)))
         return items, None
 
-    def note_completion(self, batch: _Batch) -> None:
+    def note_completion(self, size: int, sent_at: float, seconds_there: float) -> None:
         """Adapt the size of batches.
 
         The time that the consumer took to read the results counts: so a slow consumer
         has small batches, and few tasks are drawn ahead of it.
         """
         self.completed = None
-        size, target = len(batch.tasks), self.engine.batch_seconds
-        seconds = max(time.monotonic() - batch.sent_at, 1e-6)  # some clocks are coarse
-        if batch.seconds:  # else its worker was lost
-            self.task_seconds = batch.seconds / size
+        target = self.engine.batch_seconds
+        seconds = max(time.monotonic() - sent_at, 1e-6)  # some clocks are coarse
+        if seconds_there:  # else its worker was lost
+            self.task_seconds = seconds_there / size
         if self.engine.batch_rule is not None:
             self.engine.batch_rule.batch_completed(size, seconds)
         elif size == self.auto_size and not target / 2 <= seconds <= target * 5:
@@ -2969,6 +2972,7 @@ class _Processes(_Engine):
         return pool
 
     def read(self, batch: _Batch, outcome: Any) -> _Failure | None:
+        self.files.kept = []  # it may have been of this batch
         self.files.remove_dropped()
         return super().read(batch, outcome)
 
