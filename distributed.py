@@ -3290,9 +3290,6 @@ class _Worker:
                 failure = self.kill_and_explain(error, job, page)
                 if not self.go_on(job, failure, page, was_warm):
                     return False
-        if job.is_stopped:
-            # No batch behind this one is to begin, since the run ends here.
-            function.skip_after = min(function.skip_after, job.number)
         return True
 
     def run(self, job: _Job) -> None:
@@ -3591,7 +3588,7 @@ def _attend(
         if job is None or worker.stopping.is_set():
             break
         if job.number > job.function.skip_after:
-            # The consumer never sees a report of it, and a fresh worker might run it.
+            job.report([])  # or a run that goes on all the same would wait for ever
             continue
         outcome: Any = job.outcome
         try:
@@ -3602,6 +3599,10 @@ def _attend(
         except Exception as error:  # whatever it is, somebody waits for a report
             outcome = _Failure(error, ends_run=True)
         job.report(outcome)
+        if job.is_stopped:
+            # No batch behind this one is to begin, since the run ends here. Not before
+            # the report, or the consumer might see that of a skipped batch first.
+            job.function.skip_after = min(job.function.skip_after, job.number)
         del job, outcome
     worker.retire()
 
