@@ -197,6 +197,9 @@ class FailedTask:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a FailedTask cannot be changed, got {name}={value!r}")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a FailedTask cannot be changed, got del of {name!r}")
+
     def __repr__(self) -> str:
         fields = f"task={_short_repr(self.task)}, error={_short_repr(self.error)}"
         return f"FailedTask(number={self.number}, {' '.join(fields.split())})"
@@ -1350,6 +1353,7 @@ class _Batch:
         self.arrays: list[Any] = []  # in files; a file is removed after its array
         self.scattered: dict[str, Any] = {}  # on Dask: tasks that the user has sent
         self.results: list[Any] = []  # of the first tasks, or _NoResult in place of one
+        self.plain = 0  # how many of these came as plain values, and need no look
 
 
 class _Run:
@@ -1553,11 +1557,10 @@ class _Run:
         # The batch must not keep them: exceptions have frames that refer to the run.
         results, batch.results = batch.results, []
         done = len(results)
-        # By identity: a metaclass of the program may have an __eq__ of its own.
-        kinds = map(type, results)
-        has_failed = any(map(operator.is_, kinds, itertools.repeat(_NoResult)))
-        if failure is None and not has_failed and done == len(batch.tasks):
-            return results, None
+        if failure is None and done == len(batch.tasks):
+            are_failed = (type(result) is _NoResult for result in results)
+            if batch.plain == done or not any(are_failed):
+                return results, None
         failure = failure or _Failure(RuntimeError("results are missing"))
         span = failure.suspects
         if span is None:
@@ -1800,7 +1803,10 @@ class _Engine:
         if kind == _UNREADABLE:
             return _SEND_AGAIN
         if kind not in (_NO_FUNCTION, _BROKEN):
-            batch.results += _read_results(reply)
+            received = pickle.loads(memoryview(reply)[1:])
+            if type(received) is list:
+                batch.plain += len(received)
+            batch.results += _read_results(received)
             return None
         _, packed = pickle.loads(memoryview(reply)[1:])
         if kind == _NO_FUNCTION:
@@ -2436,9 +2442,8 @@ class _ReplyPickler:
         return _pack_error(failure, self.dump)
 
 
-def _read_results(reply: bytes) -> list[Any]:
+def _read_results(received: Any) -> list[Any]:
     """Return the results of a reply, with _NoResult in place of those that are lost."""
-    received: Any = pickle.loads(memoryview(reply)[1:])
     if type(received) is tuple:
         return [
             _loaded(part) if type(part) is bytes else _NoResult(_unpacked_error(part))

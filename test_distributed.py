@@ -2675,6 +2675,25 @@ def test_a_handler_may_be_any_callable(processes, handler):
     assert type(error) is Alarm
 
 
+def look_up(frame, name):
+    return frame.f_locals[name]
+
+
+def test_a_function_that_is_given_the_frame_of_its_caller_is_no_handler(processes):
+    class Unpicklable:
+        def __reduce__(self):
+            return look_up(inspect.currentframe(), "missing")
+
+    def tasks():
+        yield from (-1, Unpicklable(), -2)
+        yield look_up(inspect.currentframe(), "missing")
+
+    options = {"errors": "return", "return_as": "generator"}
+    received, error = collect(processes(abs, tasks(), **options), KeyError)
+    assert type(error) is KeyError
+    assert [type(result) for result in received] == [int, FailedTask, int]
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("what", ["task_func", "initargs"])
 def test_what_a_handler_raises_as_a_run_starts_comes_as_it_is(processes, what):
@@ -4453,6 +4472,8 @@ def test_a_failed_task_stays_as_it_is():
     failed = failed_task([1, 2], ValueError("bad"))
     with pytest.raises(AttributeError, match="number=5"):
         failed.number = 5
+    with pytest.raises(AttributeError, match="number"):
+        del failed.number
     assert failed.number == 0
     assert failed in {failed}  # though its task is unhashable
     match failed:
@@ -4541,6 +4562,11 @@ class Shapeless(BaseException):
         raise LookupError("no text")
 
 
+class Traceless(Exception):
+    def with_traceback(self, trace):
+        raise LookupError("no traceback")
+
+
 class CannotBePickledOrShown:
     def __init__(self, error):
         self.error = error
@@ -4550,9 +4576,15 @@ class CannotBePickledOrShown:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("way", ["raised", "pickled"])
-def test_an_error_that_has_no_representation_is_one_of_its_task_alone(setup, way):
-    error, kind = by_value(Shapeless), by_value(CannotBePickledOrShown)
+@pytest.mark.parametrize(
+    ("error", "way"),
+    [
+        *itertools.product((Shapeless, Traceless), ("raised", "returned")),
+        (Traceless, "sent"),  # one that is no Exception would end the program
+    ],
+)
+def test_an_error_whose_methods_fail_is_one_of_its_task_alone(setup, way, error):
+    error, kind = by_value(error), by_value(CannotBePickledOrShown)
 
     def function(task):
         if task == 2 and way == "raised":
@@ -4560,9 +4592,10 @@ def test_an_error_that_has_no_representation_is_one_of_its_task_alone(setup, way
         return kind(error()) if task == 2 else task
 
     options = {"errors": "return", "return_as": "generator", "batch_size": 6}
-    if setup.keywords["backend"] == "threading" and way == "pickled":
-        return  # where nothing is
-    failed, others = numbers_of(list(setup(function, range(6), **options)))
+    if setup.keywords["backend"] == "threading" and way != "raised":
+        return  # nothing is pickled there
+    tasks = [0, 1, kind(error()) if way == "sent" else 2, 3, 4, 5]
+    failed, others = numbers_of(list(setup(function, tasks, **options)))
     assert (failed, others) == ([2], [0, 1, 3, 4, 5])
 
 
@@ -5056,6 +5089,19 @@ def test_who_quits_the_debugger_in_a_batch_means_the_program(processes, tmp_path
     assert [type(result) for result in received] == [int, FailedTask]
     assert type(error) is bdb.BdbQuit
     assert times_run(tmp_path) == {}
+
+
+@pytest.mark.once
+def test_who_quits_the_debugger_by_an_error_that_cannot_be_sent_ends_the_run(processes):
+    def function(task):
+        error = bdb.BdbQuit()
+        error.lock = threading.Lock()
+        raise error
+
+    # What is behind it is not run, and not waited for, either.
+    results = list(processes(function, range(50), errors="return", batch_size=1))
+    assert all(isinstance(result, FailedTask) for result in results)
+    assert sorted(result.number for result in results) == list(range(50))
 
 
 INTERRUPTED_SWEEP = """
@@ -5741,17 +5787,20 @@ def test_functions_travel_though_bytes_are_compared_strictly(program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("timeout", [None, 60])
-def test_the_pickler_that_loky_is_told_to_use(program, monkeypatch, timeout):
+def test_the_pickler_that_loky_is_told_to_use(program, tmp_path, monkeypatch, timeout):
     monkeypatch.setenv("LOKY_PICKLER", "pickle")
+    (tmp_path / "helpers_with_caches.py").write_text(HELPERS)
     source = f"""
+        import helpers_with_caches
         from fractions import Fraction
         from yourpackage.distributed import Joblib
 
         if __name__ == "__main__":
             tasks = [Fraction(-1, 3), Fraction(-2, 3)]
             print(*sorted(Joblib.setup(abs, tasks, 2, timeout={timeout})))
+            print(*Joblib.setup(helpers_with_caches.fibonacci, [10], 2))
     """
-    assert output_of(program(source)) == "1/3 2/3\n"
+    assert output_of(program(source)) == "1/3 2/3\n55\n"
 
 
 FROZEN = """
@@ -5994,6 +6043,7 @@ DECORATED = """
         print(*setup(is_that_of_the_module, [helpers.fibonacci]))
         scaled.factor = 3
         print(*setup(scaled, [2]), *setup(functools.cache(functools.partial(pow, 2)), [5]))
+        print(*setup(functools.cache(", ".join), [("a", "b")]))
 """
 
 HELPERS = """
@@ -6031,7 +6081,7 @@ def test_decorated_functions_of_the_program_travel(program, tmp_path, name):
     process = program(source, name, warnings="default")
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert output.splitlines()[-7:] == [
+    assert output.splitlines()[-8:] == [
         "55 110 2",
         "3 4",
         "any int any int",
@@ -6039,6 +6089,7 @@ def test_decorated_functions_of_the_program_travel(program, tmp_path, name):
         "55 110",
         "True",
         "6 32",
+        "a, b",
     ]
 
 
@@ -7063,6 +7114,22 @@ def test_arrays_leave_when_they_have_been_used(processes, tmp_path):
     assert left_in(tmp_path) == []
 
 
+def test_an_array_is_let_go_when_its_batch_has_been_read(processes):
+    references = []
+
+    def tasks():
+        for _ in range(4):
+            array = numpy.zeros(300_000)
+            references.append(weakref.ref(array))
+            yield array
+            del array
+
+    with contextlib.closing(processes(len, tasks(), batch_size=2)) as results:
+        assert list(itertools.islice(results, 4)) == [300_000] * 4
+        gc.collect()
+        assert [reference() for reference in references] == [None] * 4
+
+
 def test_an_array_in_many_tasks_is_written_once(processes, tmp_path):
     array = numpy.zeros(300_000)
     options = {"batch_size": 1, "temp_folder": str(tmp_path)}
@@ -7310,6 +7377,17 @@ def test_all_words_for_what_is_read_only_are_known(processes):
     assert all(isinstance(item, FailedTask) for item in received)
     noted = [item.task for item in received if read_only_notes(item.error)]
     assert noted == CHANGES_OF_ARRAYS
+
+
+@pytest.mark.once
+@pytest.mark.timeout(30)
+def test_a_long_message_is_searched_in_no_time(processes):
+    def function(array):
+        raise ValueError("array([1.0, 2.0]), " * 20_000)
+
+    tasks = [numpy.zeros(300_000)]
+    (failed,) = processes(function, tasks, errors="return")
+    assert read_only_notes(failed.error) == []
 
 
 @pytest.mark.once
