@@ -2893,7 +2893,7 @@ class _Processes(_Engine):
 
     more_options = frozenset((*_OF_PROCESSES, "forward_reducers", "backward_reducers"))
     limits_tasks = True
-    function: Any = None  # a _FunctionMessage
+    shared: Any = None  # a _SharedRun
     files: Any = None  # an _ArrayFiles
 
     def configure(self, n_jobs: int, options: dict[str, Any]) -> Any:
@@ -2924,7 +2924,7 @@ class _Processes(_Engine):
         payload = self.pickled_function(run.task_func)
         settings: Any = payload, run.returns_errors, {}
         watches = run.returns_errors or run.timeout < math.inf
-        self.function = _FunctionMessage(self.dump((settings, watches), _FUNCTION), run)
+        self.shared = _SharedRun(self.dump((settings, watches), _FUNCTION), run)
         self.files.of_function, self.files.weight = self.files.kept, 0
 
     def pack(self, batch: _Batch) -> None:
@@ -2939,7 +2939,7 @@ class _Processes(_Engine):
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
         if self.pool is None:
             self.pool = self.find_pool(run.max_tasks)
-        self.pool.submit(_Job(self.function, batch, report))
+        self.pool.submit(_Job(self.shared, batch, report))
 
     def find_pool(self, max_tasks: float) -> _Pool:
         """Return idle workers of these settings, or a new pool."""
@@ -2988,7 +2988,7 @@ class _Processes(_Engine):
         if failure.ends_run:
             return failure
         ended = begun - int(reply.was_running)
-        if not self.function.returns_errors:
+        if not self.shared.returns_errors:
             failure.suspects = range(
                 ended if reply.was_running else len(results), begun
             )
@@ -3009,8 +3009,8 @@ class _Processes(_Engine):
 
     def end(self, *, kill: bool) -> None:
         pool, self.pool = self.pool, None
-        if self.function is not None:
-            self.function.run_has_ended = True
+        if self.shared is not None:
+            self.shared.has_ended = True
         try:
             if pool is not None:
                 seconds = self.options.get("idle_worker_timeout") or 300
@@ -3040,32 +3040,32 @@ def _pickle_main_by_value() -> None:
         _cloudpickle().register_pickle_by_value(sys.modules["__mp_main__"])
 
 
-class _FunctionMessage:
-    """The function of a run, as it is sent to each of its workers."""
+class _SharedRun:
+    """What attendants know of a run: its function, its limits and its failures.
+
+    It does not refer to the run. They count at once, and without a lock: so a failure,
+    or an earlier `skip_after`, may be lost, which costs no more than another try.
+    """
 
     def __init__(self, message: bytes, run: _Run) -> None:
-        self.message = message
+        self.message = message  # the function
         self.limit = run.timeout
         # Seconds for a worker to start, and for what stalls.
         self.patience = max(self.limit, _START_PATIENCE)
         self.returns_errors = run.returns_errors
-        self.was_loaded = False  # by a worker
-        # To begin a task, in a row, of all workers. Attendants count at once: one may
-        # be lost, here and in skip_after, which costs no more than another try.
-        self.failures = 0
-        self.at_work: set[_Worker] = set()
+        self.was_loaded = False  # the function, by a worker
+        self.failures = 0  # processes in a row, lost before they began a task
+        self.at_work: set[_Process] = set()
         self.skip_after = math.inf  # the number of a batch whose failure ends the run
-        self.run_has_ended = False  # idle workers are to forget it
+        self.has_ended = False  # idle workers are to forget it
         self.files: _ArrayFiles = run.engine.files
 
 
 class _Job:
     """A batch for an attendant, and for another one if its worker is lost too early."""
 
-    def __init__(
-        self, function: _FunctionMessage, batch: _Batch, report: _ReportFunction
-    ) -> None:
-        self.function = function
+    def __init__(self, run: _SharedRun, batch: _Batch, report: _ReportFunction) -> None:
+        self.run = run
         self.number = batch.number
         self.report = report
         self.messages = deque(batch.messages)  # that are not done
@@ -3177,215 +3177,56 @@ def _mapped_page(name: Any) -> Any:
     return memoryview(mapped).cast("Q")
 
 
-class _Worker:
-    """A worker process, and the ones that replace it; for its attendant.
+class _Process:
+    """A worker process, for its attendant.
 
-    Other threads read `process`, `is_ready` and `start_error`, and set `idle_until`.
+    Other threads read `popen` and `is_ready`.
     """
 
-    def __init__(self, pool: _Pool) -> None:
-        self.recipe = pool.recipe
-        self.environment = {**pool.recipe.environment, **pool.limits}
-        self.pool = weakref.ref(pool)
-        self.stopping = pool.stopping
-        self.idle_until = [math.inf]
-        self.thread: Any = None  # the attendant
-        self.process: Any = None
+    def __init__(self) -> None:
+        self.popen: Any = None
         self.connection: Any = None
         self.poller: Any = None  # of the connection
         self.pipe: list[Any] = []  # the process is killed as its writing end is closed
         self.page: Any = None  # of memory, as numbers
         self.is_ready = False
-        self.function: Any = None  # that the process has
-        self.done = 0  # tasks that were sent to the process
+        self.run: Any = None  # a _SharedRun, whose function the process has
         self.is_new = False  # the function: no message of it has been answered
-        self.start_error: Any = None  # of the process that was started first
+        self.done = 0  # tasks that were sent to it
 
-    def launch(self, patience: float) -> None:
-        """Start a process."""
-        with _state.starting:
-            if self.stopping.is_set():
-                raise EOFError("the pool has been stopped")
-            _occupy_standard_streams()
-            self.connection, theirs = multiprocessing.Pipe()
-            reader, writer = os.pipe()
-            self.pipe = [os.fdopen(reader, "rb", 0), os.fdopen(writer, "wb", 0)]
-            _state.ends.update((self.connection, self.pipe[1]))
-            file, name = _new_page()
-            with theirs, file or contextlib.nullcontext():
-                self.page = _mapped_page(name)
-                first = pickle.dumps({}) + pickle.dumps(_Started(theirs, name))
-                self.pipe[1].write(first)  # much less than a pipe holds
-                self.process = self.popen(theirs, name)
-            if os.name == "posix":
-                self.pipe.pop(0).close()  # Windows reads from it by another handle
+    def launch(self, recipe: _Recipe, environment: dict[str, str]) -> None:
+        _occupy_standard_streams()
+        self.connection, theirs = multiprocessing.Pipe()
+        reader, writer = os.pipe()
+        self.pipe = [os.fdopen(reader, "rb", 0), os.fdopen(writer, "wb", 0)]
+        _state.ends.update((self.connection, self.pipe[1]))
+        file, name = _new_page()
+        with theirs, file or contextlib.nullcontext():
+            self.page = _mapped_page(name)
+            first = pickle.dumps({}) + pickle.dumps(_Started(theirs, name))
+            self.pipe[1].write(first)  # much less than a pipe holds
+            options = {"env": environment, "cwd": recipe.folder}
+            self.popen = _start_python(self.pipe[0], theirs, name, options)
+        if os.name == "posix":
+            self.pipe.pop(0).close()  # Windows reads from it by another handle
         if hasattr(select, "poll"):  # Connection.poll() makes a selector each time
             self.poller = select.poll()
             self.poller.register(self.connection, select.POLLIN)
+
+    def greet(self, recipe: _Recipe, patience: float) -> None:
+        """Send what is no function of a run, and wait until the process is ready."""
         self.limit_stalls(patience)
         key = bytes(multiprocessing.current_process().authkey)  # of managers
-        settings = pickle.dumps((self.recipe.path, sys.argv, key))
-        for message in pickle.dumps(_code_to_send()), settings, self.recipe.prepared:
+        settings = pickle.dumps((recipe.path, sys.argv, key))
+        for message in pickle.dumps(_code_to_send()), settings, recipe.prepared:
             self.send(message)
-
-    def popen(self, theirs: Any, page_name: Any) -> Any:
-        """Start a Python that reads from the pipe what to do."""
-        # Looked at here; it is called in the process.
-        _private(multiprocessing.process.BaseProcess, "_bootstrap")
-        reader = self.pipe[0].fileno()
-        options: dict[str, Any] = {}
-        job = _new_job_object(page_name) if sys.platform == "win32" else None
-        if sys.platform == "win32":
-            reader = importlib.import_module("msvcrt").get_osfhandle(reader)
-            os.set_handle_inheritable(theirs.fileno(), True)
-            handles = {"handle_list": [theirs.fileno()]}
-            options["startupinfo"] = subprocess.STARTUPINFO(lpAttributeList=handles)
-            # A process group of its own gets no Ctrl-C.
-            options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
-        else:
-            os.set_blocking(theirs.fileno(), True)  # gevent makes others
-            options["pass_fds"] = theirs.fileno(), reader, page_name
-            options["start_new_session"] = True
-        command = multiprocessing.spawn.get_command_line(
-            pipe_handle=reader, parent_pid=os.getpid()
-        )
-        if not command[0]:
-            raise RuntimeError(
-                "sys.executable is empty: multiprocessing.set_executable() says which "
-                "Python workers are to run"
-            )
-        if not getattr(sys, "frozen", False):
-            command.insert(1, "-P")  # no file of the directory hides a module of Python
-        options["env"], options["cwd"] = self.environment, self.recipe.folder
-        process: Any = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
-        process.job = job
-        return process
-
-    def start(self, patience: float) -> None:
-        """Start a process, and wait until it is ready."""
-        self.launch(patience)
         reply = self.receive(patience)
         if reply != _READY:
             raise _BrokenWorkerError(reply)
         self.is_ready = True
 
-    def do(self, job: _Job) -> bool:
-        """Have a job done, by several processes one after another if need be.
-
-        Return False if a process was lost that had begun none of its tasks: then this
-        can be called again, also by another attendant.
-        """
-        function, was_warm = job.function, self.done > 0
-        while job.messages and not job.is_stopped:
-            if job.messages[0] is None:
-                job.outcome.append(None)
-                job.done_with_message()
-                job.is_stopped = not function.returns_errors
-                continue
-            page: Any = None
-            try:
-                reply = self.load(function, job.size - job.begun)
-                if reply != _READY:  # it may be _BROKEN, which has the same content
-                    job.outcome.append(_NO_FUNCTION + reply[1:])
-                    job.is_stopped = True
-                    continue
-                page = self.page
-                self.run(job)
-            except Exception as error:
-                failure = self.kill_and_explain(error, job, page)
-                if not self.go_on(job, failure, page, was_warm):
-                    return False
-        return True
-
-    def run(self, job: _Job) -> None:
-        """Have the process run the tasks of the next message."""
-        function, page, count = job.function, self.page, job.size - job.begun
-        page[_BEGUN] = page[_ENDED] = job.begun
-        page[_NANOSECONDS] = 0
-        function.at_work.add(self)
-        try:
-            self.send(cast("bytes", job.messages[0]))
-            self.done += count
-            while (reply := self.receive(function.limit, page))[:1] == _MORE:
-                job.outcome.append(reply)
-        finally:
-            function.at_work.discard(self)
-        self.is_new = False
-        kind = reply[:1]
-        if kind == _BROKEN:
-            self.kill_and_reap()
-            if count > 1 or page[_ENDED] > job.begun:  # so this is no task's failure
-                raise _BrokenWorkerError(reply)
-        job.outcome += page[_NANOSECONDS] * 1e-9, reply
-        function.failures = 0
-        job.done_with_message()
-        job.is_stopped = kind == _STOPPED or (
-            kind == _BROKEN and not function.returns_errors
-        )
-
-    def go_on(self, job: _Job, failure: _Failure, page: Any, was_warm: bool) -> bool:
-        """Have a job go on behind a process that is lost, or stop.
-
-        There is a *page* if it had been sent tasks. Return False if it had begun none.
-        """
-        function = job.function
-        # The process has ended, so that the numbers are its last.
-        begun, ended, *_ = page or (job.begun, job.begun)
-        if begun > job.begun:
-            job.begun, function.failures = begun, 0
-            lost = _LostWorker(failure, job.first + begun, begun > ended)
-            job.outcome.append(lost)
-            if begun == job.size:
-                job.done_with_message()
-            job.is_stopped = not function.returns_errors or self.stopping.is_set()
-        elif page is not None and job.size - begun > 1:
-            # It may be lost for what it unpickled: have the tasks sent one by one.
-            job.outcome.append(_UNREADABLE)
-            job.messages.clear()
-        elif failure.ends_run or self.gives_up(function, was_warm):
-            if function.failures > 1:
-                text = f"; {function.failures} workers in a row were lost like this"
-                failure.error = failure.with_text(text)
-            failure.ends_run = job.is_stopped = True
-            job.outcome.append(_LostWorker(failure, job.first + begun, False))
-        else:
-            return False
-        return True
-
-    def gives_up(self, function: _FunctionMessage, was_warm: bool) -> bool:
-        """Return whether the run ends, since processes are lost before they begin."""
-        function.failures += 1
-        has_enough = function.failures >= _MAX_FAILURES * self.recipe.size
-        has_no_chance = not (function.was_loaded or was_warm)
-        return has_no_chance or (has_enough and not function.at_work)
-
-    def load(self, function: _FunctionMessage, count: int) -> bytes:
-        """Have a process that has the function, and may do so many tasks.
-
-        Return its reply to the function.
-        """
-        error, self.start_error = self.start_error, None
-        if error is not None and not isinstance(error, EOFError):
-            raise error  # after an EOFError (it died as it started), try again
-        if self.process is not None and self.process.poll() is not None:
-            self.kill_and_reap()  # it died while it was idle
-        if self.done and self.done + count > self.recipe.max_tasks:
-            self.retire()
-        if self.process is None:
-            self.start(function.patience)
-        if self.function is function:
-            return _READY
-        self.function, self.is_ready = None, False
-        self.limit_stalls(function.patience)
-        self.send(function.message)
-        reply = self.receive(function.patience)
-        self.is_ready = True
-        if reply == _READY:
-            self.function, function.was_loaded = function, True
-            self.is_new = True
-        elif function.was_loaded:  # elsewhere: so this worker is at fault
-            raise _BrokenWorkerError(reply)
-        return reply
+    def has_ended(self) -> bool:
+        return self.popen is None or self.popen.poll() is not None
 
     def send(self, message: bytes) -> None:
         try:
@@ -3395,7 +3236,7 @@ class _Worker:
                 raise
 
     def receive(self, limit: float, page: Any = None) -> bytes:
-        """Return the next message, for which the worker has *limit* seconds.
+        """Return the next message, for which the process has *limit* seconds.
 
         With a *page*, the time starts anew whenever a number in it has changed. It is
         counted in slices: see _WAIT_SLICE.
@@ -3404,7 +3245,7 @@ class _Worker:
         seconds = min(max(limit / 10, 0.001), _WAIT_SLICE)  # poll() rounds up to 1 ms
         while not self.has_message(seconds):
             # A program that the worker has forked may hold the connection open.
-            if self.process.poll() is not None and not self.has_message(0):
+            if self.has_ended() and not self.has_message(0):
                 raise EOFError
             left -= seconds
             if page and page.tobytes() != seen:
@@ -3428,34 +3269,286 @@ class _Worker:
             # That may have changed, by socket.setdefaulttimeout() or gevent.
             os.set_blocking(self.connection.fileno(), True)
 
+    def load(self, run: _SharedRun) -> bytes:
+        """Have the process load the function of a run; return its reply to that."""
+        if self.run is run:
+            return _READY
+        self.run, self.is_ready = None, False
+        self.limit_stalls(run.patience)
+        self.send(run.message)
+        reply = self.receive(run.patience)
+        self.is_ready = True
+        if reply == _READY:
+            self.run, self.is_new, run.was_loaded = run, True, True
+        elif run.was_loaded:  # elsewhere: so this worker is at fault
+            raise _BrokenWorkerError(reply)
+        return reply
+
+    def forget(self) -> None:
+        """Let an idle process keep nothing of a run that has ended."""
+        if self.run is not None and self.run.has_ended:
+            self.run = None
+            with contextlib.suppress(EOFError, OSError):  # the next job will find out
+                self.connection.send_bytes(_FORGET)
+
+    def close(self, *ends: Any) -> None:
+        with _state.starting:  # no fork comes in between
+            _state.ends.difference_update(ends)
+            for end in filter(None, ends):
+                end.close()
+
+    def kill(self) -> int | None:
+        """Kill it with all that it has started; return its exit code. May be repeated."""
+        self.run, self.done, code = None, 0, None
+        if self.popen is not None:
+            _kill([self.popen])
+            code = self.popen.wait()
+        self.close(self.connection, *self.pipe)
+        return cast("int | None", code)
+
+    def retire(self) -> None:
+        """Let it leave, since it is idle; kill it if it does not."""
+        self.close(self.connection)  # then it leaves
+        if self.popen is not None:
+            _wait_in_slices(self.popen.wait, _PATIENCE)
+        self.kill()
+
+
+def _start_python(
+    reader: Any, theirs: Any, page_name: Any, options: dict[str, Any]
+) -> Any:
+    """Start a Python that reads from a pipe what to do; return its Popen."""
+    # Looked at here; it is called in the process.
+    _private(multiprocessing.process.BaseProcess, "_bootstrap")
+    handle, job = reader.fileno(), None
+    if sys.platform == "win32":
+        job = _new_job_object(page_name)
+        handle = importlib.import_module("msvcrt").get_osfhandle(handle)
+        os.set_handle_inheritable(theirs.fileno(), True)
+        handles = {"handle_list": [theirs.fileno()]}
+        options["startupinfo"] = subprocess.STARTUPINFO(lpAttributeList=handles)
+        # A process group of its own gets no Ctrl-C.
+        options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+    else:
+        os.set_blocking(theirs.fileno(), True)  # gevent makes others
+        options["pass_fds"] = theirs.fileno(), handle, page_name
+        options["start_new_session"] = True
+    command = multiprocessing.spawn.get_command_line(
+        pipe_handle=handle, parent_pid=os.getpid()
+    )
+    if not command[0]:
+        raise RuntimeError(
+            "sys.executable is empty: multiprocessing.set_executable() says which "
+            "Python workers are to run"
+        )
+    if not getattr(sys, "frozen", False):
+        command.insert(1, "-P")  # no file of the directory hides a module of Python
+    popen: Any = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+    popen.job_object = job
+    return popen
+
+
+class _Attendant:
+    """Has jobs done by a worker process, and by those that replace it; in a thread.
+
+    Other threads read `process` and `start_error`, and set `idle_until`.
+    """
+
+    def __init__(self, pool: _Pool) -> None:
+        self.recipe, self.jobs = pool.recipe, pool.jobs
+        self.environment = {**pool.recipe.environment, **pool.limits}
+        self.pool = weakref.ref(pool)
+        self.stopping = pool.stopping
+        self.idle_until = [math.inf]
+        self.thread: Any = None
+        self.process = _Process()  # which is not started yet
+        self.start_error: Any = None  # of the process that was started first
+
+    def attend(self, patience: float) -> None:
+        """Do jobs, until the pool is stopped: in a thread of its own."""
+        try:
+            self.start(patience)
+        except Exception as error:
+            self.start_error = error  # for the first job
+        while True:
+            # A short wait while it has a function, to forget it soon after its run.
+            seconds = 10 * _WAIT_SLICE if self.process.run is None else _WAIT_SLICE / 2
+            due = time.monotonic() + seconds
+            try:
+                job = self.jobs.get(timeout=seconds)
+            except queue.Empty:
+                self.be_idle(time.monotonic() - due)
+                continue
+            if job is None or self.stopping.is_set():
+                break
+            if job.number > job.run.skip_after:
+                job.report([])  # or a run that goes on all the same would wait for ever
+                continue
+            outcome: Any = job.outcome
+            try:
+                if not self.do(job):
+                    self.jobs.put(job)
+                    self.stopping.wait(_WAIT_SLICE)  # another may take it first
+                    continue
+            except Exception as error:  # whatever it is, somebody waits for a report
+                outcome = _Failure(error, ends_run=True)
+            job.report(outcome)
+            if job.is_stopped:
+                # No batch behind this one is to begin, since the run ends here. Not
+                # before the report, or the consumer might see that of a skipped batch
+                # first.
+                job.run.skip_after = min(job.run.skip_after, job.number)
+            del job, outcome
+        self.process.retire()
+
+    def be_idle(self, seconds_late: float) -> None:
+        self.process.forget()
+        _remove_folders()
+        self.idle_until[0] += seconds_late  # for which this was suspended
+        if time.monotonic() > self.idle_until[0]:
+            _stop_if_idle(self.pool)
+
+    def start(self, patience: float) -> _Process:
+        """Start a process, and wait until it is ready."""
+        with _state.starting:
+            if self.stopping.is_set():
+                raise EOFError("the pool has been stopped")
+            self.process = process = _Process()
+            process.launch(self.recipe, self.environment)
+        process.greet(self.recipe, patience)
+        return process
+
+    def do(self, job: _Job) -> bool:
+        """Have a job done, by several processes one after another if need be.
+
+        Return False if a process was lost that had begun none of its tasks: then this
+        can be called again, also by another attendant.
+        """
+        was_warm = self.process.done > 0
+        while job.messages and not job.is_stopped:
+            if job.messages[0] is None:
+                job.outcome.append(None)
+                job.done_with_message()
+                job.is_stopped = not job.run.returns_errors
+                continue
+            page: Any = None
+            try:
+                process = self.process_for(job)
+                reply = process.load(job.run)
+                if reply != _READY:  # it may be _BROKEN, which has the same content
+                    job.outcome.append(_NO_FUNCTION + reply[1:])
+                    job.is_stopped = True
+                    continue
+                page = process.page
+                self.run(job, process)
+            except Exception as error:
+                failure = self.kill_and_explain(error, job, page)
+                if not self.go_on(job, failure, page, was_warm):
+                    return False
+        return True
+
+    def process_for(self, job: _Job) -> _Process:
+        """Return a process that may do the next message."""
+        error, self.start_error = self.start_error, None
+        if error is not None and not isinstance(error, EOFError):
+            raise error  # after an EOFError (it died as it started), try again
+        process = self.process
+        if process.done and process.done + job.size - job.begun > self.recipe.max_tasks:
+            process.retire()
+        if not process.has_ended():
+            return process
+        process.kill()  # with what it has started
+        return self.start(job.run.patience)
+
+    def run(self, job: _Job, process: _Process) -> None:
+        """Have a process run the tasks of the next message."""
+        run, page, count = job.run, process.page, job.size - job.begun
+        page[_BEGUN] = page[_ENDED] = job.begun
+        page[_NANOSECONDS] = 0
+        run.at_work.add(process)
+        try:
+            process.send(cast("bytes", job.messages[0]))
+            process.done += count
+            while (reply := process.receive(run.limit, page))[:1] == _MORE:
+                job.outcome.append(reply)
+        finally:
+            run.at_work.discard(process)
+        process.is_new = False
+        kind = reply[:1]
+        if kind == _BROKEN:
+            process.kill()
+            if count > 1 or page[_ENDED] > job.begun:  # so this is no task's failure
+                raise _BrokenWorkerError(reply)
+        job.outcome += page[_NANOSECONDS] * 1e-9, reply
+        run.failures = 0
+        job.done_with_message()
+        job.is_stopped = kind == _STOPPED or (
+            kind == _BROKEN and not run.returns_errors
+        )
+
+    def go_on(self, job: _Job, failure: _Failure, page: Any, was_warm: bool) -> bool:
+        """Have a job go on behind a process that is lost, or stop.
+
+        *page* is None if the process had been sent no tasks. Return False if it had
+        begun none.
+        """
+        run = job.run
+        # The process has ended, so that the numbers are its last.
+        begun, ended, *_ = page or (job.begun, job.begun)
+        if begun > job.begun:
+            job.begun, run.failures = begun, 0
+            lost = _LostWorker(failure, job.first + begun, begun > ended)
+            job.outcome.append(lost)
+            if begun == job.size:
+                job.done_with_message()
+            job.is_stopped = not run.returns_errors or self.stopping.is_set()
+        elif page is not None and job.size - begun > 1:
+            # It may be lost for what it unpickled: have the tasks sent one by one.
+            job.outcome.append(_UNREADABLE)
+            job.messages.clear()
+        elif failure.ends_run or self.gives_up(run, was_warm):
+            if run.failures > 1:
+                text = f"; {run.failures} workers in a row were lost like this"
+                failure.error = failure.with_text(text)
+            failure.ends_run = job.is_stopped = True
+            job.outcome.append(_LostWorker(failure, job.first + begun, False))
+        else:
+            return False
+        return True
+
+    def gives_up(self, run: _SharedRun, was_warm: bool) -> bool:
+        """Return whether the run ends, since processes are lost before they begin."""
+        run.failures += 1
+        has_enough = run.failures >= _MAX_FAILURES * self.recipe.size
+        has_no_chance = not (run.was_loaded or was_warm)
+        return has_no_chance or (has_enough and not run.at_work)
+
     def kill_and_explain(self, error: Exception, job: _Job, page: Any) -> _Failure:
         """Kill the process; return what has become of it."""
-        process, is_ready = self.process, self.is_ready
-        goes_on = False
-        if process is not None and isinstance(error, EOFError):
+        process, goes_on = self.process, False
+        if process.popen is not None and isinstance(error, EOFError):
             try:
-                process.wait(_WAIT_SLICE)  # its connection ends a moment before it
+                process.popen.wait(_WAIT_SLICE)  # it ends a moment after its connection
             except subprocess.TimeoutExpired:
                 goes_on = True
-        code = self.kill_and_reap()
+        code, is_ready = process.kill(), process.is_ready
         if isinstance(error, _BrokenWorkerError):
             failure = _Failure(BrokenProcessPool(str(error)))
             failure.ends_run = error.what == _INITIALIZER_HAS_FAILED
             _set_cause(failure.error, error.text)
             return failure
-        if process is None:
+        if process.popen is None:
             return _Failure(error)  # it could not be started
         if isinstance(error, (TimeoutError, BlockingIOError)):
             is_stalled = is_ready and isinstance(error, BlockingIOError)
-            text = _time_out_text(
-                job.function, is_stalled, page, job.begun, self.is_new
-            )
+            is_first = process.is_new
+            text = _time_out_text(job.run, is_stalled, page, job.begun, is_first)
             return _Failure(_TaskTimeoutError(text))
         if isinstance(error, (EOFError, ConnectionError)) or (
             isinstance(error, OSError) and error.errno is None
         ):
             text = f"a worker process has died{'' if is_ready else ' as it started'}: "
-            text += _exit_code_text(code, job.function.files)
+            text += _exit_code_text(code, job.run.files)
             if goes_on:
                 text = "a worker process has closed its connection: it was killed"
             elif code == 0 and not is_ready:
@@ -3469,45 +3562,6 @@ class _Worker:
             error = BrokenProcessPool(text)
         return _Failure(error)
 
-    def forget(self) -> None:
-        """Let an idle worker keep nothing of a run that has ended."""
-        if self.function is not None and self.function.run_has_ended:
-            self.function = None
-            with contextlib.suppress(EOFError, OSError):  # the next job will find out
-                self.connection.send_bytes(_FORGET)
-
-    def leave(self) -> None:
-        """Close the connection: the process leaves, too."""
-        self.function = None
-        if self.connection is not None:
-            self.close(self.connection)
-        self.connection = self.poller = None
-
-    def close(self, *ends: Any) -> None:
-        with _state.starting:  # no fork comes in between
-            _state.ends.difference_update(ends)
-            for end in ends:
-                end.close()
-
-    def kill_and_reap(self) -> int | None:
-        """Kill the process with all that it has started; return its exit code."""
-        process, code = self.process, None
-        if process is not None:
-            _kill([process])
-            code = process.wait()
-        self.leave()
-        self.close(*self.pipe)
-        self.process, self.page, self.done = None, None, 0
-        self.is_ready = False
-        return code
-
-    def retire(self) -> None:
-        """Let the process leave, which is idle; kill it if it does not."""
-        self.leave()
-        if self.process is not None:
-            _wait_in_slices(self.process.wait, _PATIENCE)
-        self.kill_and_reap()
-
 
 class _BrokenWorkerError(Exception):
     """A worker has reported that it failed outside of any task, and leaves."""
@@ -3518,7 +3572,7 @@ class _BrokenWorkerError(Exception):
 
 
 def _time_out_text(
-    function: _FunctionMessage, is_stalled: bool, page: Any, before: int, is_first: bool
+    run: _SharedRun, is_stalled: bool, page: Any, before: int, is_first: bool
 ) -> str:
     """Return what has taken too long.
 
@@ -3527,14 +3581,14 @@ def _time_out_text(
     """
     if is_stalled:
         what = "a worker has stalled in the midst of a message for"
-        return f"{what} {function.patience!r} seconds"
+        return f"{what} {run.patience!r} seconds"
     if not page:
-        return f"a worker was not ready after {function.patience!r} seconds"
+        return f"a worker was not ready after {run.patience!r} seconds"
     if page[_BEGUN] == page[_ENDED]:
         what = "to send results has taken longer than the timeout of"
-        return f"{what} {function.limit!r} seconds"
+        return f"{what} {run.limit!r} seconds"
     what = "a task has taken longer than the timeout of"
-    text = f"{what} {function.limit!r} seconds"
+    text = f"{what} {run.limit!r} seconds"
     if is_first and page[_BEGUN] == before + 1:
         text += (
             "; it was the first in its worker: what task_func builds on its first call "
@@ -3567,49 +3621,6 @@ def _exit_code_text(code: Any, files: _ArrayFiles) -> str:
 
 
 _INITIALIZER_HAS_FAILED = "the initializer has failed in a worker"
-
-
-def _attend(
-    worker: _Worker, jobs: queue.SimpleQueue[_Job | None], patience: float
-) -> None:
-    """Be the attendant of a worker: in a thread of its own."""
-    try:
-        worker.start(patience)
-    except Exception as error:
-        worker.start_error = error  # for the first job
-    while True:
-        # A short wait while it has a function, to forget it soon after its run.
-        seconds = 10 * _WAIT_SLICE if worker.function is None else _WAIT_SLICE / 2
-        due = time.monotonic() + seconds
-        try:
-            job = jobs.get(timeout=seconds)
-        except queue.Empty:
-            worker.forget()
-            _remove_folders()
-            worker.idle_until[0] += time.monotonic() - due  # while this was suspended
-            if time.monotonic() > worker.idle_until[0]:
-                _stop_if_idle(worker.pool)
-            continue
-        if job is None or worker.stopping.is_set():
-            break
-        if job.number > job.function.skip_after:
-            job.report([])  # or a run that goes on all the same would wait for ever
-            continue
-        outcome: Any = job.outcome
-        try:
-            if not worker.do(job):
-                jobs.put(job)
-                worker.stopping.wait(_WAIT_SLICE)  # another may take it first
-                continue
-        except Exception as error:  # whatever it is, somebody waits for a report
-            outcome = _Failure(error, ends_run=True)
-        job.report(outcome)
-        if job.is_stopped:
-            # No batch behind this one is to begin, since the run ends here. Not before
-            # the report, or the consumer might see that of a skipped batch first.
-            job.function.skip_after = min(job.function.skip_after, job.number)
-        del job, outcome
-    worker.retire()
 
 
 # ---- in a worker process
@@ -3749,7 +3760,7 @@ class _Pool:
         self.recipe = recipe
         self.limits = limits  # of threads of libraries: environment variables
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self.workers: list[_Worker] = []
+        self.attendants: list[_Attendant] = []
         self.stopping = threading.Event()
         self.modules = _Modules()
         _state.pools.add(weakref.ref(self, _state.pools.discard))
@@ -3760,14 +3771,14 @@ class _Pool:
 
     def submit(self, job: _Job) -> None:
         """Have a job done; start another worker, unless there are enough."""
-        if len(self.workers) < self.recipe.size:
-            worker = _Worker(self)
-            arguments = worker, self.jobs, job.function.patience
-            worker.thread = threading.Thread(
-                target=_attend, args=arguments, daemon=True
+        if len(self.attendants) < self.recipe.size:
+            new = _Attendant(self)
+            arguments = (job.run.patience,)
+            new.thread = threading.Thread(
+                target=new.attend, args=arguments, daemon=True
             )
-            self.workers.append(worker)  # first, as an interrupt may come in between
-            _start(worker.thread)
+            self.attendants.append(new)  # first, as an interrupt may come in between
+            _start(new.thread)
         self.jobs.put(job)
 
     def keep(self, seconds: float) -> None:
@@ -3775,20 +3786,20 @@ class _Pool:
 
         Stop them after so many seconds.
         """
-        if any(worker.start_error is not None for worker in self.workers):
+        if any(attendant.start_error is not None for attendant in self.attendants):
             self.stop()
             return
         self.modules.update()
-        for worker in self.workers:
+        for attendant in self.attendants:
             # A new list, since the attendant may be adding to the old one.
-            worker.idle_until = [time.monotonic() + seconds]
+            attendant.idle_until = [time.monotonic() + seconds]
         _state.idle_pools.append(self)
         _stop_idle_pools(_state.max_idle)
 
     def dismiss(self) -> None:
         """Let the attendants take no more jobs, but come to their ends."""
         self.stopping.set()
-        for _ in self.workers:
+        for _ in self.attendants:
             self.jobs.put(None)
 
     def stop(self, *, kill: bool = False) -> None:
@@ -3799,21 +3810,25 @@ class _Pool:
         _take_off_list(self)  # no other run is to have it
         with _state.starting:  # no process is being started
             self.dismiss()
-        found = [w.process for w in self.workers if kill or not w.is_ready]
-        _kill([process for process in found if process is not None])
-        for worker in self.workers:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # it was not started, or is this one
-                _wait_in_slices(worker.thread.join, 2 * _PATIENCE)
+        found = [p for p in self.processes() if kill or not p.is_ready]
+        _kill([process.popen for process in found])
+        for attendant in self.attendants:
+            # It may not have been started; or it may be this one.
+            with contextlib.suppress(RuntimeError):
+                _wait_in_slices(attendant.thread.join, 2 * _PATIENCE)
+
+    def processes(self) -> list[_Process]:
+        """Return those that have been started."""
+        found = [attendant.process for attendant in self.attendants]
+        return [process for process in found if process.popen is not None]
 
 
 def _take_pool(recipe: _Recipe) -> _Pool | None:
     """Return idle workers of these settings, if there are any."""
     for pool in [*_state.idle_pools]:
         if pool.recipe == recipe and _take_off_list(pool):
-            for worker in pool.workers:
-                worker.idle_until = [math.inf]
+            for attendant in pool.attendants:
+                attendant.idle_until = [math.inf]
             if pool.modules.are_current():
                 return pool
             pool.stop()
@@ -3935,8 +3950,10 @@ def _kill(processes: list[Any]) -> None:
         for process in processes:
             # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION, with TotalProcesses at 9
             counts = (importlib.import_module("ctypes").c_uint32 * 12)()
-            _call_windows("QueryInformationJobObject", process.job, 1, counts, 48, None)
-            _call_windows("TerminateJobObject", process.job, 1)
+            _call_windows(
+                "QueryInformationJobObject", process.job_object, 1, counts, 48, None
+            )
+            _call_windows("TerminateJobObject", process.job_object, 1)
             if not counts[9]:  # the worker has not joined yet
                 process.kill()
         return
@@ -4427,9 +4444,8 @@ def _after_fork() -> None:
     for end in _state.ends:
         end.close()  # or the parent's workers would not see that it has ended
     pools = (ref() for ref in _state.pools)
-    for worker in itertools.chain(*(pool.workers for pool in pools if pool)):
-        if worker.process is not None:
-            worker.process.returncode = 0  # it is no child of this process
+    for process in itertools.chain(*(pool.processes() for pool in pools if pool)):
+        process.popen.returncode = 0  # it is no child of this process
     _inherited.append(_state)
     _state = _State(max_idle=0)  # a fork may end without any clean-up
 

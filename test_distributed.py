@@ -193,8 +193,8 @@ def pools_now():
 
 
 def workers_now():
-    workers = [w for pool in pools_now() for w in pool.workers]
-    return {w.process.pid for w in workers if w.process and w.process.poll() is None}
+    processes = [process for pool in pools_now() for process in pool.processes()]
+    return {process.popen.pid for process in processes if not process.has_ended()}
 
 
 def children():
@@ -1573,7 +1573,7 @@ def test_runs_leave_nothing(program):
         def count():
             gc.collect()
             kinds = collections.Counter(type(item).__name__ for item in gc.get_objects())
-            names = "_Run", "_Pool", "_Worker", "_Batch", "_ArrayFiles", "Parallel"
+            names = "_Run", "_Pool", "_Process", "_Batch", "_ArrayFiles", "Parallel"
             ours = {name: kinds[name] for name in names}
             own = [name for name in os.listdir("/dev/shm") if str(os.getpid()) in name]
             return ours, len(os.listdir("/proc/self/fd")), len(own)
@@ -2529,7 +2529,7 @@ def interrupting(function, when, is_meant):
 
 if __name__ == "__main__":
     owner = threading.Thread
-    is_meant = lambda thread: getattr(thread._target, "__name__", "") == "_attend"
+    is_meant = lambda thread: getattr(thread._target, "__name__", "") == "attend"
     start, owner.start = owner.start, interrupting(owner.start, sys.argv[1], is_meant)
     try:
         list(Joblib.setup(abs, range(9), 2, batch_size=1))
@@ -3897,7 +3897,7 @@ def test_whatever_an_attendant_meets_is_reported(processes, monkeypatch):
     def fail(worker, job):
         raise OSError("no descriptor is free")
 
-    monkeypatch.setattr(distributed._Worker, "do", fail)
+    monkeypatch.setattr(distributed._Attendant, "do", fail)
     _, error = collect(processes(abs, range(9), errors="return"), OSError)
     assert error.args == ("no descriptor is free",)
 
