@@ -599,13 +599,13 @@ class Joblib(DistributedBackend):
                 initializer or wait does, nor does the time for which this process is
                 suspended; to send results has a limit of its own, of the same length.
                 It is ignored where tasks run in this process, one after another. It is
-                noticed up to a tenth of *timeout*, and at most 0.5 seconds, later. A
-                worker that is not ready after *timeout*, or 60 seconds if that is more,
-                or that stalls for so long in the midst of a message, is lost. Other
-                backends cannot watch single tasks: there, the run ends when the
-                consumer has waited for so long and no batch has completed; the start of
-                workers counts, unless the backend itself waits for it. Default: wait
-                for ever.
+                noticed a tenth of *timeout* later at most, and never more than 0.5
+                seconds. A worker that is not ready after *timeout*, or 60 seconds if
+                that is more, or that stalls for so long in the midst of a message, is
+                lost. Other backends cannot watch single tasks: there, the run ends when
+                the consumer has waited for so long and no batch has completed; the
+                start of workers counts, unless the backend itself waits for it.
+                Default: wait for ever.
             maxtasksperchild : int, optional
                 Tasks that a worker process of "loky" or "multiprocessing" may do before
                 it leaves and a fresh one takes its place: for tasks that leak memory.
@@ -1088,7 +1088,7 @@ class _NoResult(NamedTuple):
 
 
 class _Failure:
-    """The exception in place of the results of a batch, and what it is for the run.
+    """An exception in place of the results of a batch, and whether it ends the run.
 
     Its traceback is kept as text, since its frames would refer to the run.
     """
@@ -1123,8 +1123,8 @@ class _Failure:
         return explained
 
 
-# Returned in place of a _Failure, and compared by identity: the tasks without results
-# are to be sent again, one by one.
+# What `read` returns if the tasks without results are to be sent again, one by one. It
+# is compared by identity.
 _SEND_AGAIN = _Failure(RuntimeError("not sent again"))
 
 # Larger batches are not faster, even if tasks take no time, and they need memory.
@@ -1136,7 +1136,8 @@ _MAX_BATCH_BYTES = 8_000_000
 # Seconds after which a wait looks whether there is still something to wait for. On
 # Windows, a Ctrl-C does not interrupt a wait for a lock: it takes up to this long.
 # Limits of time are counted in such slices, not by a clock: if this process is
-# suspended, with its workers or not, that counts as one slice.
+# suspended, with its workers or not, that counts as one slice. (What goes by a clock,
+# such as how long a worker has been idle, makes up for that.)
 _WAIT_SLICE = 0.5
 
 
@@ -1327,16 +1328,15 @@ class _Progress:
         before, self.done = self.done, self.done + count
         steps = {math.isqrt(int(done / scale)) for done in (before, self.done)}
         stream = sys.stderr if self.verbose < 50 else sys.stdout
-        if (
-            stream is not None
-            and not getattr(stream, "closed", False)
-            and (len(steps) > 1 or self.verbose > 10 or self.done == self.total)
-        ):
+        is_open = stream is not None and not getattr(stream, "closed", False)
+        is_due = len(steps) > 1 or self.verbose > 10 or self.done == self.total
+        if is_open and is_due:
             of = "" if self.total is None else f" out of {self.total:3d}"
             seconds = time.monotonic() - self.start
-            print(f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream)
-            if hasattr(stream, "flush"):  # not all streams have it
-                stream.flush()
+            flush = hasattr(stream, "flush")  # not all streams have it
+            print(
+                f"Done {self.done:3d}{of} | {seconds:.1f} s", file=stream, flush=flush
+            )
 
 
 class _Batch:
@@ -1359,8 +1359,8 @@ class _Batch:
 class _Run:
     """One call of `Joblib.setup`: its function, tasks and results.
 
-    The consumer's thread alone uses it, but for `_Lifetime.fail`. Only the run's
-    generator refers to it: nothing that an engine keeps, and no registry, does.
+    The consumer's thread alone uses it, but for `_Lifetime.fail` and forks. Only the
+    run's generator refers to it: nothing that an engine keeps, and no registry, does.
     Otherwise a run to which its own tasks, results or function refer would never be
     collected, and so never end.
     """
@@ -1409,7 +1409,7 @@ class _Run:
         del self.given_tasks
         self.lifetime.begin()
         with self.lifetime:
-            engine.workers = int(engine.effective_n_jobs(parallel.n_jobs))
+            engine.workers = engine.effective_n_jobs(parallel.n_jobs)
             if engine.workers == 0:
                 name = type(engine.backend).__name__
                 raise RuntimeError(f"{name} has no active worker")
@@ -2388,7 +2388,7 @@ def _share_changeable(values: list[Any]) -> bool:
     return False
 
 
-# Types whose values hold no others; of what cannot be changed; of containers.
+# Types whose values refer to no others; types of what cannot be changed; containers.
 _PLAIN = frozenset((bool, bytes, complex, float, int, str, type(None)))
 _UNCHANGEABLE = _PLAIN | {tuple, frozenset}
 _CONTAINERS = frozenset((dict, list, set))
@@ -2849,7 +2849,8 @@ def _answer_in_worker(key: str, function: Any, messages: list[Any]) -> list[Any]
 # Seconds that a worker has to leave when it is told to, and for other short waits.
 _PATIENCE = 3
 
-# Seconds that it has to start, or *timeout*, if that is more; no limit without one.
+# Seconds that it has to start; with a *timeout*, the larger of the two; without a
+# *timeout*, there is no limit.
 _START_PATIENCE = 60
 
 # The numbers in the page of a worker:
@@ -2957,7 +2958,7 @@ class _Processes(_Engine):
                 "initializer and initargs cannot be pickled", error
             )
             failure.add_note(
-                "A multiprocessing.Manager() has locks and queues that can"
+                "Locks and queues of a multiprocessing.Manager() can be pickled"
             )
             raise failure from error
         recipe = _Recipe(
@@ -3942,7 +3943,7 @@ def _call_windows(name: str, *arguments: Any) -> Any:
 def _kill(processes: list[Any]) -> None:
     """Kill processes, and all that they have started, also if they have ended.
 
-    Each leads a session, and what has a session of its own goes on. On Linux, a session
+    Each leads a session. A program that has made one of its own goes on. On Linux, a session
     is found though it has several process groups; elsewhere, only the first group is.
     On Windows, a job object is all of that.
     """
@@ -4281,7 +4282,8 @@ class _State:
         self.pools: set[weakref.ref[_Pool]] = set()
         self.idle_pools: list[_Pool] = []
         self.max_idle = max_idle
-        self.folders: dict[str, bool] = {}  # to be removed; the tracker knows of those
+        # Folders to be removed, and whether loky's tracker knows of each.
+        self.folders: dict[str, bool] = {}
         # All starts of processes hold this, and forks wait for it: a fork in the middle
         # of one would hold the worker's end of a connection open.
         self.starting = threading.RLock()
@@ -4305,7 +4307,7 @@ class _Lifetime:
         self.pid = 0  # of the process that it was started in; 0 before that
         self.is_at_work = False  # inside of the engine
         self.is_busy = False  # something is out
-        self.has_failed = False  # the engine, which takes no more
+        self.has_failed = False  # the engine: nothing more is sent to it
         self.end_lock = threading.Lock()  # test-and-set: it is never released
         self.ended = threading.Event()
 
