@@ -2517,44 +2517,49 @@ def _module_of_workers() -> Any:
 
 def _pack_error(error: Any, dump: Any) -> Any:
     """Return an exception in a form that can be unpickled: see `_unpacked_error`."""
-
-    def text_of(format_lines: Any) -> str:
-        try:
-            text = "".join(format_lines()).strip()
-            return text.encode(errors="backslashreplace").decode()
-        except Exception:  # its own methods may fail
-            return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
-
-    def format_all() -> Any:
-        whole = traceback.TracebackException.from_exception(error)
-        part: Any = whole
-        while part is not None:  # leave out the frames of this file
-            frames = [f for f in part.stack if f.filename != _CODE.co_filename]
-            part.stack = traceback.StackSummary.from_list(frames)
-            part = part.__cause__ or part.__context__
-        return whole.format()
-
-    def dumped(form: Any) -> Any:
-        with contextlib.suppress(BaseException):
-            data = dump(form)
-            loaded = pickle.loads(data)
-            if form is not error or repr(loaded.args) == repr(error.args):
-                return data
-        return None
-
     kind: Any = type(error)
-    summary = text_of(lambda: traceback.format_exception_only(kind, error))
-    text = text_of(format_all)
+    summary = _text_of(kind, lambda: traceback.format_exception_only(kind, error))
+    text = _text_of(kind, lambda: _lines_of_traceback(error))
     # Many a class cannot be called with the `args` that it has passed to its base, as
     # pickle would. Then it is sent with what its built-in base class would pickle.
     builtin: Any = next(b for b in kind.__mro__ if b.__module__ == "builtins")
-    data, members = dumped(error), None
+    data, members = _dumped_error(error, error, dump), None
     if data is None and issubclass(kind, BaseExceptionGroup):
         members = [_pack_error(member, dump) for member in error.exceptions]
-        data = dumped((builtin, kind, (error.message,), vars(error)))
+        form = builtin, kind, (error.message,), vars(error)
+        data = _dumped_error(error, form, dump)
     elif data is None:
-        data = dumped((builtin, *builtin.__reduce__(error)))
+        data = _dumped_error(error, (builtin, *builtin.__reduce__(error)), dump)
     return data, members, summary, text
+
+
+def _text_of(kind: type, format_lines: Callable[[], Iterable[str]]) -> str:
+    try:
+        text = "".join(format_lines()).strip()
+        return text.encode(errors="backslashreplace").decode()
+    except Exception:  # methods of the exception may fail
+        return f"{kind.__module__}.{kind.__qualname__}, which cannot be shown"
+
+
+def _lines_of_traceback(error: BaseException) -> Iterator[str]:
+    """Return the lines of a traceback, without the frames of this file."""
+    whole = traceback.TracebackException.from_exception(error)
+    part: Any = whole
+    while part is not None:
+        frames = [f for f in part.stack if f.filename != _CODE.co_filename]
+        part.stack = traceback.StackSummary.from_list(frames)
+        part = part.__cause__ or part.__context__
+    return whole.format()
+
+
+def _dumped_error(error: Any, form: Any, dump: Any) -> Any:
+    """Return a pickle of *form*, which stands for an exception; None if it is useless."""
+    with contextlib.suppress(BaseException):
+        data = dump(form)
+        loaded = pickle.loads(data)
+        if form is not error or repr(loaded.args) == repr(error.args):
+            return data
+    return None
 
 
 def _unpacked_error(packed: Any) -> BaseException:
