@@ -663,8 +663,8 @@ class Joblib(DistributedBackend):
             a formula of *pre_dispatch* comes to 0 for the workers that turn up, it is
             raised from the generator.
         pickle.PicklingError
-            From the generator, if *task_func*, a task or a result cannot be pickled.
-            Threads pickle nothing.
+            From the generator, if *task_func*, a task or a result cannot be pickled. It
+            says by which attributes and items that is reached. Threads pickle nothing.
         pickle.UnpicklingError
             From the generator, if one of them cannot be unpickled.
         TimeoutError
@@ -1751,9 +1751,9 @@ class _Engine:
             except Exception as error:
                 _raise_if_of_handler(error)
                 batch.messages.append(None)
-                batch.unpicklable.append(
-                    _NoResult(_pickling_error("a task cannot be pickled", error))
-                )
+                what = "a task cannot be pickled"
+                failure = _pickling_error(what, error, task, self.dump)
+                batch.unpicklable.append(_NoResult(failure))
 
     def tasks_to_send(self, batch: _Batch) -> list[Any]:
         return batch.tasks
@@ -1771,7 +1771,7 @@ class _Engine:
         except Exception as error:
             _raise_if_of_handler(error)
             what = f"task_func cannot be pickled: {_short_repr(task_func)}"
-            raise _pickling_error(what, error) from error
+            raise _pickling_error(what, error, task_func, self.dump) from error
 
     def nested(self) -> dict[str, Any]:
         """Return what joblib is to use for what tasks start by it."""
@@ -1990,7 +1990,7 @@ class _Dask(_Engine):
         super().__init__(backend)
         self.client = backend.client
         self.futures: set[Any] = set()  # of batches that are out
-        self.function: Any = None  # a future
+        self.function_future: Any = None  # a future
         self.over = threading.Event()
 
     def sends_results(self, n_jobs: int, asks: Any) -> bool:
@@ -2008,7 +2008,7 @@ class _Dask(_Engine):
         payload = self.pickled_function(run.task_func)
         function = _LoadedFunction(payload, run.returns_errors, {"backend": "dask"})
         # Wrapped: Dask's scheduler unpickles the type of a result, and has not ours.
-        self.function = self.call(-1, functools.partial, function)
+        self.function_future = self.call(-1, functools.partial, function)
         self.is_handed_out = asyncio.Event()
         self.counted = self.workers  # threads of all workers, when last asked
         self.hand_out_function()
@@ -2047,7 +2047,7 @@ class _Dask(_Engine):
                 importlib.import_module("dask.distributed").rejoin()
 
     def hand_out_function(self) -> None:
-        self.client.loop.add_callback(self.copy_to_workers, self.function)
+        self.client.loop.add_callback(self.copy_to_workers, self.function_future)
 
     def tasks_to_send(self, batch: _Batch) -> list[Any]:
         # What the user has scattered stays where it is: its key replaces it.
@@ -2060,15 +2060,15 @@ class _Dask(_Engine):
 
     def send(self, run: _Run, batch: _Batch, report: _ReportFunction) -> None:
         arguments = [batch.messages, batch.scattered]
-        state = self.function, batch.number, arguments, report
+        state = self.function_future, batch.number, arguments, report
         self.client.loop.add_callback(self.run, *state)
 
     def end(self, *, kill: bool) -> None:
         self.over.set()
         if kill and self.client.status == "running":
-            self.client.cancel([*self.futures, *filter(None, [self.function])])
+            self.client.cancel([*self.futures, *filter(None, [self.function_future])])
         self.futures.clear()
-        self.function = None  # so that the cluster releases it
+        self.function_future = None  # so that the cluster releases it
 
     def call(self, number: int, *call: Any) -> Any:
         """Have the cluster call something; return the future."""
@@ -2272,8 +2272,53 @@ def _cloudpickle() -> Any:
         return importlib.import_module("cloudpickle")
 
 
-def _pickling_error(what: str, error: BaseException) -> Any:
-    return _caused(pickle.PicklingError(f"{what}: {_error_line(error)}"), error)
+def _pickling_error(what: str, error: BaseException, value: Any, dump: Any) -> Any:
+    """Return an exception that says what cannot be pickled, and where in *value* it is.
+
+    Python 3.14 says that itself, by notes.
+    """
+    message = f"{what}: {_error_line(error)}"
+    is_of_pickle = isinstance(error, (AttributeError, TypeError, pickle.PicklingError))
+    if is_of_pickle and not hasattr(error, "__notes__"):
+        names = _names_on_the_way(value, dump)
+        message += f", which is reached by {', '.join(names)}" if names else ""
+    return _caused(pickle.PicklingError(message), error)
+
+
+def _names_on_the_way(value: Any, dump: Any) -> list[str]:
+    """Return the names and indices by which what cannot be pickled is reached."""
+    names: list[str] = []
+    way = [value]
+    while len(way) < 20:  # it may be nested deeply
+        for name, part in _parts(way[-1]):
+            try:
+                dump(part)
+            except Exception as error:
+                _raise_if_of_handler(error)
+                if not any(part is other for other in way):  # else it is a cycle
+                    names += [] if name is None else [_short_repr(name)]
+                    way.append(part)
+                    break
+        else:
+            break
+    return names
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return what is pickled with a value, by names, or None where it has no name."""
+    if isinstance(value, dict):
+        return value.items()
+    if isinstance(value, (list, tuple)):
+        return enumerate(value)
+    try:
+        if isinstance(value, types.FunctionType):
+            used = inspect.getclosurevars(value)
+            return [*used.nonlocals.items(), *used.globals.items()]
+        _, arguments, *states = value.__reduce_ex__(4)
+        return zip(itertools.repeat(None), (*arguments, *states))
+    except Exception as error:
+        _raise_if_of_handler(error)
+        return ()
 
 
 def _caused(failure: Any, error: BaseException) -> Any:
@@ -2435,10 +2480,11 @@ class _ReplyPickler:
         try:
             return self.dump(result)
         except BaseException as error:
-            return self.packed_error(error)
+            return self.packed_error(error, result)
 
-    def packed_error(self, error: BaseException) -> Any:
-        failure = _pickling_error("the result cannot be pickled", error)
+    def packed_error(self, error: BaseException, result: Any = None) -> Any:
+        what = "the result cannot be pickled"
+        failure = _pickling_error(what, error, result, self.dump)
         return _pack_error(failure, self.dump)
 
 
@@ -2954,14 +3000,13 @@ class _Processes(_Engine):
         options = self.options
         user_reducers = options.get("backward_reducers") or {}
         initializer = options.get("initializer"), options.get("initargs", ())
+        dump = _make_dump(_common_reducers())
         try:
-            dump = _make_dump(_common_reducers())
             prepared = dump((dump(initializer), user_reducers, self.nested()))
         except Exception as error:
             _raise_if_of_handler(error)
-            failure = _pickling_error(
-                "initializer and initargs cannot be pickled", error
-            )
+            what = "initializer and initargs cannot be pickled"
+            failure = _pickling_error(what, error, initializer, dump)
             failure.add_note(
                 "Locks and queues of a multiprocessing.Manager() can be pickled"
             )

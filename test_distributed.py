@@ -5912,6 +5912,45 @@ def test_a_function_that_cannot_be_pickled_is_named(remembering):
     assert "__getstate__" in "".join(traceback.format_tb(error.__cause__.__traceback__))
 
 
+class Holder:
+    def __init__(self, held):
+        self.values = {"solver": [1, held]}
+
+    def call(self, task):
+        return task
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("what", ["method", "lambda", "task", "initargs", "result"])
+def test_an_error_of_pickling_says_where_it_was(processes, what):
+    make = by_value(Holder)
+    held = make({"lock": threading.Lock()})
+    if what == "method":
+        results = processes(held.call, [1])
+    elif what == "lambda":
+        results = processes(lambda task: held, [1])
+    elif what == "task":
+        results = processes(id, [held])
+    elif what == "initargs":
+        results = processes(abs, [1], initializer=id, initargs=(held,))
+    else:
+        code = "{'lock': __import__('threading').Lock()}"
+        results = processes(lambda task: make(eval(code)), [1])
+    _, error = collect(results, pickle.PicklingError)
+    for name in ("'values'", "'solver'", "1", "'lock'"):
+        assert name in str(error)
+    if what == "lambda":
+        assert "held" in str(error)
+
+
+@pytest.mark.once
+def test_an_error_of_pickling_is_looked_for_in_what_has_no_end(processes):
+    holder = by_value(Holder)(threading.Lock())
+    holder.values = {"again": holder, **holder.values}
+    _, error = collect(processes(id, [holder]), pickle.PicklingError)
+    assert "'solver'" in str(error)
+
+
 @pytest.mark.alike
 def test_a_function_that_a_worker_cannot_unpickle_is_named(pickling_setup):
     function = by_value(CannotBeUnpickled)().call
