@@ -101,7 +101,7 @@ __all__ = [
     "get_backend",
 ]
 # Raise it with each change: workers of a cluster, which live on, keep the code by it.
-__version__ = "4.0.0"
+__version__ = "4.1.0"
 __source__ = ""  # where newer ones are to be found; for its owner to fill in
 
 T = TypeVar("T")
