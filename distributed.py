@@ -2007,8 +2007,7 @@ class _Dask(_Engine):
         self.dump = _make_dump(_common_reducers())
         payload = self.pickled_function(run.task_func)
         function = _LoadedFunction(payload, run.returns_errors, {"backend": "dask"})
-        # Wrapped: Dask's scheduler unpickles the type of a result, and has not ours.
-        self.function_future = self.call(-1, functools.partial, function)
+        self.function_future = self.call(-1, _InWorker("_of_known_type"), function)
         self.is_handed_out = asyncio.Event()
         self.counted = self.workers  # threads of all workers, when last asked
         self.hand_out_function()
@@ -2856,6 +2855,11 @@ class _Loading:
         _in_thread.is_loading = False
 
 
+def _of_known_type(function: Any) -> Any:
+    """Wrap a function: Dask's scheduler unpickles its type, and does not know ours."""
+    return functools.partial(function)
+
+
 _last_function: dict[str, Any] = {}  # of a worker of another backend; by its key
 
 
@@ -3434,23 +3438,26 @@ class _Attendant:
                 break
             if job.number > job.run.skip_after:
                 job.report([])  # or a run that goes on all the same would wait for ever
-                continue
-            outcome: Any = job.outcome
-            try:
-                if not self.do(job):
-                    self.jobs.put(job)
-                    self.stopping.wait(_WAIT_SLICE)  # another may take it first
-                    continue
-            except Exception as error:  # whatever it is, somebody waits for a report
-                outcome = _Failure(error, ends_run=True)
-            job.report(outcome)
-            if job.is_stopped:
-                # No batch behind this one is to begin, since the run ends here. Not
-                # before the report, or the consumer might see that of a skipped batch
-                # first.
-                job.run.skip_after = min(job.run.skip_after, job.number)
-            del job, outcome
+            else:
+                self.work_on(job)
+            del job  # keep no reference while this is idle
         self.process.retire()
+
+    def work_on(self, job: _Job) -> None:
+        """Have a job done and report its outcome, or give it back."""
+        outcome: Any = job.outcome
+        try:
+            if not self.do(job):
+                self.jobs.put(job)
+                self.stopping.wait(_WAIT_SLICE)  # another may take it first
+                return
+        except Exception as error:  # whatever it is, somebody waits for a report
+            outcome = _Failure(error, ends_run=True)
+        job.report(outcome)
+        if job.is_stopped:
+            # No batch behind this one is to begin, since the run ends here. Not before
+            # the report, or the consumer might see that of a skipped batch first.
+            job.run.skip_after = min(job.run.skip_after, job.number)
 
     def be_idle(self, seconds_late: float) -> None:
         self.process.forget()
