@@ -451,9 +451,8 @@ class Joblib(DistributedBackend):
     - A program that makes a session of its own (a daemon), or that is started with
       ``CREATE_BREAKAWAY_FROM_JOB`` on Windows, is not stopped. On Linux, what has a
       process group of its own survives if it is the program that is killed.
-    - On Windows, files of arrays stay while they are mapped: by idle workers, for some
-      seconds; by the program, while it keeps a result that is a view of one. If it
-      keeps one until it exits, loky's resource tracker removes the files, and warns.
+    - On Windows, files of arrays stay while workers map them, which takes idle ones
+      some seconds to end.
     - On macOS and other systems: workers of a program that is killed finish what they
       are doing; what has a process group of its own is not stopped with its worker; and
       a file that has replaced that of a `numpy.memmap` is taken for it if the program
@@ -461,7 +460,12 @@ class Joblib(DistributedBackend):
     - A task that is changed while others of its batch are drawn arrives changed: in
       tasks, yield new objects, or take ``batch_size=1``. So does a task in threads that
       is changed before it is run. An array of more than *max_nbytes* is in its file as
-      it first was. A result that *task_func* changes in its next call arrives changed.
+      it first was. A result that *task_func* changes in its next call arrives changed,
+      as does a `numpy.memmap` whose file it makes anew.
+    - Tasks are pickled apart from the function, batch by batch. So ``task is MISSING``
+      is false there for an object of the program; what the function assigns to global
+      variables is not seen by methods of tasks; and what is left on a class of tasks is
+      lost with the next batch. Put such things into a module.
     - ``close()`` waits until the workers have stopped, for 10 seconds at most. It does
       not wait in another thread than that of the last ``next()``, or in *tasks* of
       another run.
@@ -636,7 +640,9 @@ class Joblib(DistributedBackend):
                 ``max_nbytes=None`` sends copies, ``mmap_mode="c"`` lets a task change
                 its own view. The file of an array that the program has let go is
                 removed when its batch has been read. What is a view of a `numpy.memmap`
-                already stays mapped, unless its file may have other content by now.
+                already stays mapped, unless its file may have other content by now; if
+                that is replaced before a worker opens it, it is an error. Results are
+                copies, but for those in a file of the user's.
             prefer, require
                 As in joblib.
 
@@ -1650,6 +1656,8 @@ def _results(run: _Run) -> Generator[Any, None, None]:
 _PRIVATE_NAMES = {
     # multiprocessing.process.BaseProcess
     "_bootstrap": "to start workers as multiprocessing starts processes",
+    # cloudpickle.cloudpickle, or joblib.externals.cloudpickle.cloudpickle
+    "_class_setstate": "to leave the classes of the program as they are",
     # joblib._memmapping_reducer
     "_get_temp_dir": "to put files where joblib would",
     # joblib.parallel.ParallelBackendBase
@@ -1752,8 +1760,10 @@ class _Engine:
                 _raise_if_of_handler(error)
                 batch.messages.append(None)
                 what = "a task cannot be pickled"
-                failure = _pickling_error(what, error, task, self.dump)
-                batch.unpicklable.append(_NoResult(failure))
+                # In no variable, since the frames of its cause refer to this one.
+                batch.unpicklable.append(
+                    _NoResult(_pickling_error(what, error, task, self.dump))
+                )
 
     def tasks_to_send(self, batch: _Batch) -> list[Any]:
         return batch.tasks
@@ -2235,15 +2245,21 @@ def _reduce_cached(function: Any) -> Any:
     by_value = _cloudpickle().list_registry_pickle_by_value()
     module = function.__module__ or ""  # a method of a built-in type has none
     names = itertools.accumulate(module.split("."), "{}.{}".format)
-    found: Any = functools.reduce(
-        lambda owner, name: getattr(owner, name, None),
-        getattr(function, "__qualname__", "").split("."),  # a partial has none
-        sys.modules.get(module),
-    )
-    if found is function and not {"__main__", *by_value}.intersection(names):
+    is_here = _is_found_by_name(function)
+    if is_here and not {"__main__", *by_value}.intersection(names):
         return function.__reduce__()
     settings = function.__wrapped__, function.cache_parameters()
     return _InWorker("_cached"), settings, vars(function)
+
+
+def _is_found_by_name(value: Any) -> bool:
+    """Return whether a function or class is what its name means in its module."""
+    found: Any = functools.reduce(
+        lambda owner, name: getattr(owner, name, None),
+        getattr(value, "__qualname__", "").split("."),  # a partial has none
+        sys.modules.get(value.__module__),
+    )
+    return found is value
 
 
 def _cached(function: Any, settings: dict[str, Any]) -> Any:
@@ -2340,8 +2356,8 @@ def _unpickling_error(what: str, error: BaseException) -> Any:
         )
     elif isinstance(error, AttributeError) and not trace.tb_next:  # of pickle itself
         message += (
-            ": what the program has wrapped or made with slots is sent by its name, "
-            "which other processes do not have: put it into a module"
+            ": other processes cannot make what the program has wrapped or made with "
+            "slots: put it into a module"
         )
     return _caused(pickle.UnpicklingError(message), error)
 
@@ -2444,24 +2460,13 @@ class _ReplyPickler:
     def __init__(self, reducers: Any, page: Any) -> None:
         self.dump = _make_dump(reducers)
         self.page = page  # see _BEGUN
+        self.takes_plain = True  # else reducers of the user have a say
 
     def reply(self, kind: bytes, results: list[Any]) -> bytes:
         """Return the reply that has these results, some of which may be _NoResult."""
-        buffer = io.BytesIO()
-        buffer.write(kind)
-        with contextlib.suppress(Exception):  # other values, or nested too deeply
-            pickler = _PlainPickler(buffer)
-            pickler.dump(results)
-            if len(results) == 1 or not _share_changeable(results):
-                if not pickler.classes:
-                    return buffer.getvalue()
-                classes = [self.dump(known) for known in pickler.classes]
-                content = {
-                    "classes": classes,
-                    "results": buffer.getvalue()[1:],
-                    "count": len(results),
-                }
-                return kind + pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+        plain = self.plain_reply(kind, results) if self.takes_plain else None
+        if plain is not None:
+            return plain
         parts = [self.packed(result) for result in results]
         while True:
             try:
@@ -2471,6 +2476,26 @@ class _ReplyPickler:
                 if not any(sizes):
                     raise
                 parts[sizes.index(max(sizes))] = self.packed_error(error)
+
+    def plain_reply(self, kind: bytes, results: list[Any]) -> bytes | None:
+        """Return a reply that the program can certainly unpickle, if there is one."""
+        buffer = io.BytesIO()
+        buffer.write(kind)
+        with contextlib.suppress(Exception):  # other values, or nested too deeply
+            pickler = _PlainPickler(buffer)
+            pickler.dump(results)
+            if len(results) > 1 and _share_changeable(results):
+                return None
+            if not pickler.classes:
+                return buffer.getvalue()
+            classes = [self.dump(known) for known in pickler.classes]
+            content = {
+                "classes": classes,
+                "results": buffer.getvalue()[1:],
+                "count": len(results),
+            }
+            return kind + pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+        return None
 
     def packed(self, result: Any) -> Any:
         if type(result) is _NoResult:
@@ -2508,10 +2533,28 @@ def _read_results(received: Any) -> list[Any]:
     return cast("list[Any]", received)
 
 
+class _ResultUnpickler(pickle.Unpickler):
+    """Leaves classes that are here already as they are.
+
+    cloudpickle sends the state of a class with it, which in a worker may be another
+    one, and whose functions have global variables of their own.
+    """
+
+    def __init__(self, data: bytes, is_here: Callable[[Any], bool]) -> None:
+        super().__init__(io.BytesIO(data))
+        self.is_here = is_here
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if found is not _private(_cloudpickle().cloudpickle, "_class_setstate"):
+            return found
+        return lambda kind, state: kind if self.is_here(kind) else found(kind, state)
+
+
 def _loaded(data: bytes) -> Any:
     """Return what was pickled, or _NoResult."""
     try:
-        return pickle.loads(data)
+        return _ResultUnpickler(data, _is_found_by_name).load()
     except (Exception, SystemExit, GeneratorExit) as error:
         _raise_if_of_handler(error)
         what = "the result cannot be unpickled"
@@ -2544,7 +2587,8 @@ def _lost_class_in(result: Any, lost: dict[type, _NoResult]) -> _NoResult | None
 
 
 def _class_at(index: int) -> Any:
-    return _in_thread.classes[index]
+    # Not what has this name here: the program may have reloaded this file.
+    return _module_of_workers()._in_thread.classes[index]
 
 
 @functools.cache
@@ -2601,7 +2645,7 @@ def _dumped_error(error: Any, form: Any, dump: Any) -> Any:
     """Return a pickle of *form*, which stands for an exception; None if it is useless."""
     with contextlib.suppress(BaseException):
         data = dump(form)
-        loaded = pickle.loads(data)
+        loaded = _ResultUnpickler(data, lambda kind: True).load()
         if form is not error or repr(loaded.args) == repr(error.args):
             return data
     return None
@@ -2612,7 +2656,8 @@ def _unpacked_error(packed: Any) -> BaseException:
     data, members, summary, text = packed
     error: BaseException
     try:
-        form = pickle.loads(data or b"")  # without data, this fails
+        # Without data, this fails.
+        form = _ResultUnpickler(data or b"", _is_found_by_name).load()
         if members is not None:
             builtin, kind, args, state = form
             form = builtin, kind, (*args, [*map(_unpacked_error, members)]), state
@@ -2677,6 +2722,14 @@ class _InWorker:
     def __reduce__(self) -> Any:
         names = {"source": _LOADER, "arguments": _code_to_send(), "name": self.name}
         return eval, ("(exec(source), getattr(load(*arguments), name))[1]", names)
+
+
+class _ByName(_InWorker):
+    """A function of this file, where its module is known to have been loaded."""
+
+    def __reduce__(self) -> Any:
+        names = {"module": _code_to_send()[2], "name": self.name}
+        return eval, ("getattr(__import__(module), name)", names)
 
 
 def _run_in_thread(task_func: Any, returns_errors: bool, tasks: list[Any]) -> Any:
@@ -2828,7 +2881,7 @@ class _LoadedFunction:
     def __call__(self, messages: list[Any], scattered: Any = None) -> list[Any]:
         """Return the replies to messages: in workers of Dask, and of others."""
         with joblib.parallel_config(**self.config):
-            pickler = _ReplyPickler(_array_reducers(_reduce_to_copy), [0, 0, 0, 0])
+            pickler = _ReplyPickler(_common_reducers(), [0, 0, 0, 0])
             if (reply := self.load(pickler.dump)) != _READY:
                 return [reply]
             replies: list[Any] = []
@@ -2976,6 +3029,8 @@ class _Processes(_Engine):
             )
         self.files = _ArrayFiles(self.options)
         _pickle_main_by_value()
+        # Looked at here; it is called when results are read.
+        _private(_cloudpickle().cloudpickle, "_class_setstate")
         self.dump = _make_dump({**_common_reducers(), **self.files.reducers})
         payload = self.pickled_function(run.task_func)
         settings: Any = payload, run.returns_errors, {}
@@ -3001,6 +3056,7 @@ class _Processes(_Engine):
         """Return idle workers of these settings, or a new pool."""
         environment = {**os.environ}
         environment.pop("PYTEST_CURRENT_TEST", None)  # another one in each test
+        environment.pop("PYTHONINSPECT", None)  # nobody talks to workers
         options = self.options
         user_reducers = options.get("backward_reducers") or {}
         initializer = options.get("initializer"), options.get("initargs", ())
@@ -3153,7 +3209,7 @@ class _LostWorker(NamedTuple):
         if isinstance(error, _TaskTimeoutError) and not self.was_running:
             kind = _TaskTimeoutError
         text = "the task was done, but its result was lost with its worker"
-        unsent = _Failure(kind(f"{text}: {error}"))
+        unsent = _Failure(kind(f"{text}: {str(error) or type(error).__name__}"))
         unsent.error.__cause__ = error.__cause__
         return unsent
 
@@ -3175,12 +3231,13 @@ class _Recipe(NamedTuple):
 # for as long as the program runs.
 _STARTER = """
 def begin(sentinel):
-    import multiprocessing.connection, pickle, traceback
+    import multiprocessing.connection, pickle, sys, traceback
     connection = getattr(multiprocessing.connection, kind)(end)
     try:
         message = connection.recv_bytes()
         try:
-            module = load(*pickle.loads(message))
+            sys.path[:], arguments = pickle.loads(message)
+            module = load(*arguments)
         except Exception as error:
             packed = None, None, repr(error), traceback.format_exc()
             failure = "a worker cannot start", packed
@@ -3244,6 +3301,7 @@ class _Process:
         self.poller: Any = None  # of the connection
         self.pipe: list[Any] = []  # the process is killed as its writing end is closed
         self.page: Any = None  # of memory, as numbers
+        self.patience = 0.0  # seconds for which a message may stall
         self.is_ready = False
         self.run: Any = None  # a _SharedRun, whose function the process has
         self.is_new = False  # the function: no message of it has been answered
@@ -3272,8 +3330,8 @@ class _Process:
         """Send what is no function of a run, and wait until the process is ready."""
         self.limit_stalls(patience)
         key = bytes(multiprocessing.current_process().authkey)  # of managers
-        settings = pickle.dumps((recipe.path, sys.argv, key))
-        for message in pickle.dumps(_code_to_send()), settings, recipe.prepared:
+        code, settings = (recipe.path, _code_to_send()), (sys.argv, key)
+        for message in pickle.dumps(code), pickle.dumps(settings), recipe.prepared:
             self.send(message)
         reply = self.receive(patience)
         if reply != _READY:
@@ -3285,10 +3343,34 @@ class _Process:
 
     def send(self, message: bytes) -> None:
         try:
+            if os.name == "nt" and len(message) > 4000:  # less always fits into a pipe
+                self.send_or_kill(message)
+            else:
+                self.connection.send_bytes(message)
+        except OSError as error:
+            # What it has sent says why it does not read; unless it was killed for that.
+            was_killed = os.name == "nt" and isinstance(error, BlockingIOError)
+            if was_killed or not self.has_message(0):
+                raise
+
+    def send_or_kill(self, message: bytes) -> None:
+        """Send a message on Windows, where nothing but its end limits a stall."""
+        stalled = threading.Event()
+
+        def kill() -> None:
+            stalled.set()
+            _kill([self.popen])
+
+        timer = threading.Timer(self.patience, kill)
+        _start(timer)
+        try:
             self.connection.send_bytes(message)
         except OSError:
-            if not self.has_message(0):  # what it has sent says why it does not read
-                raise
+            if stalled.is_set():
+                raise BlockingIOError from None
+            raise
+        finally:
+            timer.cancel()
 
     def receive(self, limit: float, page: Any = None) -> bytes:
         """Return the next message, for which the process has *limit* seconds.
@@ -3315,7 +3397,11 @@ class _Process:
         return bool(self.poller.poll(seconds * 1000))
 
     def limit_stalls(self, patience: float) -> None:
-        """Let no send or receive wait for ever for a worker that has stalled in it."""
+        """Let no send or receive wait for ever for a worker that has stalled in it.
+
+        On Windows, `send` sees to that; and what is received has been sent as a whole.
+        """
+        self.patience = min(patience, threading.TIMEOUT_MAX)
         if os.name == "posix":
             value = struct.pack("ll", math.ceil(min(patience, 1e9)), 0)
             with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
@@ -3609,7 +3695,7 @@ class _Attendant:
             text += _exit_code_text(code, job.run.files)
             if goes_on:
                 text = "a worker process has closed its connection: it was killed"
-            elif code == 0 and not is_ready:
+            elif code in range(256) and not is_ready:
                 read = "half a message" if error.args else "nothing"
                 text += (
                     f", and {read} was read from it: "
@@ -3659,8 +3745,12 @@ def _time_out_text(
 _CODES_OF_WINDOWS = {
     0xC0000005: "access violation",
     0xC0000017: "no memory",
+    0xC000001D: "illegal instruction",
     0xC00000FD: "stack overflow",
+    0xC0000135: "a DLL is missing",
     0xC000013A: "Ctrl-C",
+    0xC0000142: "a DLL has failed",
+    0xC0000374: "heap corruption",
     0xC0000409: "abort, or an overrun buffer",
 }
 
@@ -3669,12 +3759,12 @@ def _exit_code_text(code: Any, files: _ArrayFiles) -> str:
     """Return an exit code with its name, and with what it may be due to."""
     name = _CODES_OF_WINDOWS.get(code, "")
     with contextlib.suppress(ValueError):  # it is not of a signal
-        name = name or signal.Signals(-code).name
+        name = signal.Signals(-code).name if code < 0 else name
     if name == "SIGKILL":
         name += ", as when memory runs out"
     elif name in ("SIGSEGV", "SIGBUS", "access violation") and files.are_read_only():
         name += f", as when C code writes to a read-only array. {_READ_ONLY}"
-    shown = f"{code:#x}" if code in _CODES_OF_WINDOWS else code
+    shown = f"{code:#x}" if code >= 0x80000000 else code
     return f"exit code {shown} ({name})" if name else f"exit code {code}"
 
 
@@ -3695,7 +3785,8 @@ def _serve(connection: Any, page_name: Any, sentinel: Any) -> None:
         os.register_at_fork(after_in_child=page.release)
         _hold_life_line(sentinel)
     # An interrupt is for the program: it ends the run, and so this process.
-    signal.signal(signal.SIGINT, lambda *_: None)
+    for name in {"SIGINT", "SIGBREAK"}.intersection(dir(signal)):
+        signal.signal(getattr(signal, name), lambda *_: None)
     server = _Server(connection, page)
     try:
         if sys.platform == "win32":
@@ -3704,7 +3795,7 @@ def _serve(connection: Any, page_name: Any, sentinel: Any) -> None:
     except _ProgramEnded:
         pass
     except BaseException as error:
-        packed = _pack_error(error, _make_dump({}))
+        packed = _pack_error(error, _make_dump(_common_reducers()))
         with contextlib.suppress(OSError, ValueError):
             connection.send_bytes(_BROKEN + pickle.dumps((server.failure, packed)))
 
@@ -3725,15 +3816,16 @@ class _Server:
     def serve(self) -> None:
         process = multiprocessing.current_process()
         process.name = f"Worker-{os.getpid()}"
-        sys.path[:], sys.argv[:], process.authkey = pickle.loads(self.receive())
+        sys.argv[:], process.authkey = pickle.loads(self.receive())
         prepared, user_reducers, nested = pickle.loads(self.receive())
         with joblib.parallel_config(**nested):  # for its life: this takes some time
             self.initialize(prepared)
             self.answer_all(user_reducers)
 
     def answer_all(self, user_reducers: dict[Any, Any]) -> None:
-        reducers = {**_array_reducers(_reduce_array), **user_reducers}
-        self.pickler = _ReplyPickler(reducers, self.page)
+        reducers = {**_common_reducers(), **_array_reducers(_reduce_result)}
+        self.pickler = _ReplyPickler({**reducers, **user_reducers}, self.page)
+        self.pickler.takes_plain = not user_reducers
         self.reply(_READY)
         # Later collections skip what is there by now. PyPy has no gc.freeze.
         getattr(gc, "freeze", gc.collect)()
@@ -3778,7 +3870,10 @@ class _Server:
     def reply(self, reply: bytes) -> None:
         try:
             self.connection.send_bytes(reply)
-        except OSError:
+        except OSError as error:
+            # It has no number if a fork that a task has left has closed it.
+            if not isinstance(error, ConnectionError) and error.errno is not None:
+                raise  # it is too large for Windows, say
             raise _ProgramEnded from None
 
     def send_some(self, results: list[Any]) -> None:
@@ -4062,8 +4157,11 @@ def _members(leaders: set[int]) -> Iterator[int]:
 
 
 def _occupy_standard_streams() -> None:
-    """Let no pipe become the standard output of a worker, where that is closed."""
-    for number in range(3):
+    """Let no pipe become the standard output of a worker, where that is closed.
+
+    On Windows, streams are no descriptors to other processes.
+    """
+    for number in range(3) if os.name == "posix" else ():
         try:
             os.fstat(number)
         except OSError:
@@ -4101,9 +4199,23 @@ def _array_reducers(reducer: Any) -> dict[Any, Any]:
     )
 
 
-def _reduce_array(array: Any) -> Any:
-    """Reduce an array to its place in a file, if it is mapped; else to a copy."""
-    return _reduce_to_mapping(array) or _reduce_to_copy(array)
+def _reduce_result(array: Any) -> Any:
+    """Reduce an array to its place in a file of the user's, if it is mapped; else copy.
+
+    A file of this module's is soon removed, and may be much larger than a view of it.
+    """
+    root = _mapped_root(array)
+    is_ours = root is not None and _FOLDER_NAME in str(root.filename)
+    return (None if is_ours else _reduce_to_mapping(array)) or _reduce_to_copy(array)
+
+
+def _mapped_root(array: Any) -> Any:
+    """Return the `numpy.memmap` of which an array is a view, or None."""
+    root = array
+    while not isinstance(getattr(root, "base", None), (mmap.mmap, type(None))):
+        root = root.base
+    is_mapped = isinstance(root, sys.modules["numpy"].memmap) and root.base is not None
+    return root if is_mapped else None
 
 
 def _reduce_to_copy(array: Any) -> Any:
@@ -4119,14 +4231,10 @@ def _reduce_to_mapping(array: Any) -> Any:
     joblib's own reducer drops the strides of contiguous views. It also maps what may
     differ by now: private changes, and a file that another has replaced.
     """
-    root = array
-    while not isinstance(getattr(root, "base", None), (mmap.mmap, type(None))):
-        root = root.base
-    if getattr(root, "base", None) is None:
-        return None
+    root: Any = _mapped_root(array)
     numpy: Any = sys.modules["numpy"]
     if not (
-        isinstance(root, numpy.memmap)
+        root is not None
         and root.mode in ("r", "r+", "w+")  # with "c", changes are private
         and root.flags.forc
         and array.nbytes
@@ -4142,10 +4250,23 @@ def _reduce_to_mapping(array: Any) -> Any:
     if array.flags.forc:
         mode = "r+" if array.flags.writeable else "r"
         order = "C" if array.flags.c_contiguous else "F"
-        place = root.filename, array.dtype, mode, root.offset + low
-        return numpy.memmap, (*place, array.shape, order)
+        place = root.filename, array.dtype, mode, root.offset + low, array.shape, order
+        return _ByName("_mapped"), (_identity_of(root.filename), *place)
     part = root.ravel("K").view("u1")[low:high]  # it is contiguous
     return numpy.ndarray, (array.shape, array.dtype, part, first - low, array.strides)
+
+
+def _mapped(identity: Any, file: Any, *place: Any) -> Any:
+    """Return a `numpy.memmap`, if another file has not taken the place of its file."""
+    array = importlib.import_module("numpy").memmap(file, *place)
+    if _identity_of(file) != identity:
+        raise OSError(f"{file} is not the file that was mapped: it has been replaced")
+    return array
+
+
+def _identity_of(file: Any) -> tuple[int, int]:
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
 
 
 def _address_of(array: Any) -> int:
@@ -4194,6 +4315,7 @@ class _ArrayFiles:
         self.folder: Any = None
         self.files: dict[int, _ArrayReference] = {}  # by the ids of their arrays
         self.dropped: deque[_ArrayReference] = deque()  # of arrays that are no more
+        self.mapped: deque[_ArrayReference] = deque()  # of these, still mapped
         self.kept: list[Any] = []  # references to the arrays of what is pickled
         self.of_function: list[Any] = []
         self.weight = 0  # bytes of all arrays that were copied or put into files
@@ -4225,7 +4347,8 @@ class _ArrayFiles:
         reference = _ArrayReference(array, self.dropped.append)
         reference.key = id(array)
         try:
-            folder = self.folder or self.made_folder()
+            # In a thread, since an interrupt in the middle would leave the folder.
+            folder = self.folder or _undisturbed(self.made_folder)
             reference.file = os.path.join(folder, f"{uuid.uuid4().hex}.pkl")
             joblib.dump(array, reference.file)
             os.chmod(reference.file, 0o600)
@@ -4247,8 +4370,8 @@ class _ArrayFiles:
         with contextlib.suppress(OSError):
             os.rmdir(folder)  # it may have been made, but readable by everybody
         os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
-        self.folder = folder  # first, as an interrupt may come in between
         os.mkdir(folder, mode=0o700)
+        self.folder = folder
         if not getattr(sys, "frozen", False):  # where that would start the program anew
             tracker = _loky("backend.resource_tracker")
             tracker.register(folder, "folder")  # removes it if the program is killed
@@ -4261,8 +4384,12 @@ class _ArrayFiles:
 
     def remove_dropped(self) -> None:
         """Remove the files of arrays that are no more."""
-        for _ in range(len(self.dropped)):
+        count = len(self.dropped)
+        for _ in range(count):
             self.remove(self.dropped.popleft())
+        # A few of those that were mapped: to try all each time would take too long.
+        for _ in range(min(len(self.mapped), count + 1)):
+            self.remove(self.mapped.popleft())
 
     def remove(self, reference: _ArrayReference) -> None:
         if self.files.get(reference.key) is reference:
@@ -4271,7 +4398,7 @@ class _ArrayFiles:
             try:
                 os.unlink(reference.file)
             except PermissionError:  # on Windows, while a worker maps it
-                self.dropped.append(reference)
+                self.mapped.append(reference)
             except OSError:
                 pass
 
@@ -4430,20 +4557,25 @@ class _Lifetime:
 
 
 def _start(thread: threading.Thread) -> None:
-    """Start a thread in another one, where no signal handler raises in the middle."""
-    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    """Start a thread. (An interrupt in the middle would leave a lock locked.)"""
+    _undisturbed(thread.start)
 
-    def start() -> None:
+
+def _undisturbed(function: Callable[[], Any]) -> Any:
+    """Call a function in another thread, where no signal handler raises, and wait."""
+    outcome: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+
+    def call() -> None:
         try:
-            thread.start()
-            outcome.put(None)
+            outcome.put((function(), None))
         except BaseException as error:
-            outcome.put(error)
+            outcome.put((None, error))
 
-    _thread.start_new_thread(start, ())
-    error = outcome.get()
+    _thread.start_new_thread(call, ())
+    result, error = outcome.get()
     if error is not None:
         raise error
+    return result
 
 
 def _call_in_thread(function: Callable[[], object]) -> None:

@@ -4145,6 +4145,12 @@ class BuildsOnItsFirstCall:
         return task
 
 
+@pytest.mark.parametrize("code", [0, 3, 255])
+def test_an_exit_code_that_is_none_of_a_signal_has_no_name(code):
+    files = distributed._ArrayFiles({"max_nbytes": None, "mmap_mode": "r"})
+    assert distributed._exit_code_text(code, files) == f"exit code {code}"
+
+
 FIRST = "first in its worker: what task_func builds on its first call counts"
 
 
@@ -4210,6 +4216,17 @@ def test_a_worker_that_is_not_ready_in_time_is_an_error(processes, monkeypatch, 
     assert "a worker was not ready after 1 seconds" in str(error)
     wait_until(lambda: workers_now() <= others)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.once
+def test_a_worker_that_hangs_as_python_starts_is_an_error(
+    processes, tmp_path, monkeypatch
+):
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(3600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(distributed, "_START_PATIENCE", 1)
+    _, error = collect(processes(abs, range(9), timeout=0.1), TimeoutError)
+    assert "a worker was not ready after 1 seconds" in str(error)
 
 
 @pytest.mark.once
@@ -5951,6 +5968,105 @@ def test_an_error_of_pickling_is_looked_for_in_what_has_no_end(processes):
     assert "'solver'" in str(error)
 
 
+def test_reducers_of_the_user_are_asked_for_plain_results(processes):
+    kind = by_value(Holder)
+    backward = {kind: lambda holder: (str, ("reduced",))}
+    results = processes(lambda task: kind(task), [1], backward_reducers=backward)
+    assert list(results) == ["reduced"]
+
+
+CLASSES_OF_THE_PROGRAM = """
+    import collections, importlib, sys
+    from yourpackage import distributed
+    from yourpackage.distributed import Joblib
+
+    RATE = 1
+
+    class Plain:
+        scale = 1
+        def __init__(self, x):
+            self.x = x
+        def value(self):
+            Plain.scale += 1
+            return self.x * RATE
+
+    class Failed(Exception):
+        def value(self):
+            return self.args[0] * RATE
+
+    class Row(collections.namedtuple("Row", "x")):
+        def value(self):
+            return self.x * RATE
+
+    def fail(task):
+        raise Failed(task)
+
+    def count(task):
+        global RATE
+        RATE += 1
+        if task == 1:
+            raise Failed(1)
+        return Failed(1).value()
+
+    if __name__ == "__main__":
+        for RATE in (1, 2):
+            for function in (Plain, Row, fail):
+                for result in Joblib.setup(function, [1], 2, errors="return"):
+                    print(getattr(result, "error", result).value(), end=" ")
+        Plain.scale = 10
+        list(Joblib.setup(Plain, [1], 2))
+        print(Plain.scale)
+        RATE = 0
+        options = {"errors": "return", "timeout": 60, "return_as": "generator"}
+        print(*[r for r in Joblib.setup(count, range(4), 1, **options) if type(r) is int])
+        importlib.reload(distributed)
+        print(*[type(plain) is Plain for plain in distributed.Joblib.setup(Plain, [1], 2)])
+"""
+
+
+@pytest.mark.once
+def test_results_do_not_change_classes_of_the_program(program):
+    output = output_of(program(CLASSES_OF_THE_PROGRAM)).splitlines()
+    assert output == ["1 1 1 2 2 2 10", "1 3 4", "True"]
+
+
+@pytest.mark.once
+def test_joblib_may_be_found_by_the_path_of_the_program_alone(program):
+    source = """
+        import subprocess, sys
+
+        if len(sys.argv) == 1:
+            again = [sys.executable, "-S", __file__, *sys.path]
+            sys.exit(subprocess.run(again).returncode)
+        sys.path[:] = sys.argv[1:]
+        from yourpackage.distributed import Joblib
+
+        print(*sorted(Joblib.setup(abs, [-1, -2], 2)))
+    """
+    assert output_of(program(source)) == "1 2\n"
+
+
+@pytest.mark.once
+def test_a_result_that_cannot_be_sent_is_a_failed_task(processes):
+    def limit():
+        from multiprocessing.connection import Connection
+
+        send = Connection.send_bytes
+
+        def send_less(self, data, *arguments):
+            if len(data) > 1_000_000:  # as Windows has a limit
+                raise OSError(22, "this is too large")
+            send(self, data, *arguments)
+
+        Connection.send_bytes = send_less
+
+    options = {"initializer": limit, "errors": "return", "batch_size": 1}
+    results = list(processes(bytes, [1, 2_000_000, 3], **options))
+    (failed,) = [result for result in results if isinstance(result, FailedTask)]
+    assert failed.number == 1
+    assert "too large" in str(failed.error)
+
+
 @pytest.mark.alike
 def test_a_function_that_a_worker_cannot_unpickle_is_named(pickling_setup):
     function = by_value(CannotBeUnpickled)().call
@@ -6083,6 +6199,7 @@ DECORATED = """
         scaled.factor = 3
         print(*setup(scaled, [2]), *setup(functools.cache(functools.partial(pow, 2)), [5]))
         print(*setup(functools.cache(", ".join), [("a", "b")]))
+        print(*(model.cached(5) for model in setup(lambda task: Model(), [1])))
 """
 
 HELPERS = """
@@ -6120,7 +6237,7 @@ def test_decorated_functions_of_the_program_travel(program, tmp_path, name):
     process = program(source, name, warnings="default")
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert output.splitlines()[-8:] == [
+    assert output.splitlines()[-9:] == [
         "55 110 2",
         "3 4",
         "any int any int",
@@ -6129,6 +6246,7 @@ def test_decorated_functions_of_the_program_travel(program, tmp_path, name):
         "True",
         "6 32",
         "a, b",
+        "5",
     ]
 
 
@@ -7167,6 +7285,123 @@ def test_an_array_is_let_go_when_its_batch_has_been_read(processes):
         assert list(itertools.islice(results, 4)) == [300_000] * 4
         gc.collect()
         assert [reference() for reference in references] == [None] * 4
+
+
+class Delayed:
+    """Returns a part of the array of the task before this one."""
+
+    before = None
+
+    def call(self, array):
+        before, self.before = self.before, array
+        return (array if before is None else before)[:3]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_results_that_are_parts_of_arrays_keep_no_file(processes, tmp_path, batch_size):
+    tasks = (numpy.full(300_000, task) for task in range(40))
+    options = {"temp_folder": str(tmp_path), "batch_size": batch_size}
+    results = list(processes(by_value(Delayed)().call, tasks, **options))
+    assert left_in(tmp_path) == []
+    # Each worker returns its first one twice.
+    assert sorted({tuple(result) for result in results}) >= [(n,) * 3 for n in range(9)]
+    assert not any(isinstance(result.base, numpy.memmap) for result in results)
+
+
+@pytest.mark.once
+def test_files_that_cannot_be_removed_are_tried_again_now_and_then(
+    processes, tmp_path, monkeypatch
+):
+    # As those that a process maps on Windows.
+    unlink, calls = os.unlink, []
+
+    def refuse(path, **options):
+        if str(path).endswith(".pkl"):
+            calls.append(path)
+            raise PermissionError(13, "is mapped", path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "unlink", refuse)
+        tasks = (numpy.full(300_000, task) for task in range(60))
+        options = {"temp_folder": str(tmp_path), "batch_size": 1}
+        with contextlib.closing(processes(numpy.mean, tasks, **options)) as results:
+            assert sum(itertools.islice(results, 60)) == sum(range(60))
+        assert 60 <= len(calls) <= 400
+    Joblib.shutdown()
+    assert left_in(tmp_path) == []
+
+
+ENDS_IN_A_FOLDER = """
+    import importlib, signal, sys
+    import numpy
+    from yourpackage import distributed
+
+    def interrupt_in(owner, name):
+        def call(folder, *arguments, **options):
+            is_meant = "joblib_memmapping_folder" in folder
+            if is_meant and sys.argv[2] == "before":
+                signal.raise_signal(signal.SIGINT)
+            result = function(folder, *arguments, **options)
+            if is_meant and sys.argv[2] == "after":
+                signal.raise_signal(signal.SIGINT)
+            return result
+        function = getattr(owner, name)
+        setattr(owner, name, call)
+
+    if __name__ == "__main__":
+        module, name = sys.argv[1].rsplit(".", 1)
+        interrupt_in(importlib.import_module(module), name)
+        try:
+            list(distributed.Joblib.setup(len, [numpy.zeros(300_000)], 2))
+        except KeyboardInterrupt:
+            print("interrupted")
+"""
+
+
+@needs_signals
+@pytest.mark.once
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "joblib._memmapping_reducer._get_temp_dir",
+        "os.mkdir",
+        "joblib.externals.loky.backend.resource_tracker.register",
+    ],
+)
+def test_an_interrupt_while_a_folder_is_made_leaves_none(
+    program, tmp_path, monkeypatch, name, when
+):
+    (tmp_path / "files").mkdir()
+    monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path / "files"))
+    assert output_of(program(ENDS_IN_A_FOLDER, name, when)) == "interrupted\n"
+    assert left_in(tmp_path / "files") == []
+
+
+@pytest.mark.once
+@needs_mapped_files_to_go
+def test_a_file_that_is_replaced_before_a_worker_maps_it_is_an_error(
+    processes, tmp_path
+):
+    def put(number):
+        numpy.full(9, number).tofile(tmp_path / "new")
+        os.replace(tmp_path / "new", tmp_path / "data")
+        return numpy.memmap(tmp_path / "data", int, "r", shape=9)
+
+    def tasks():
+        for number in range(20):
+            yield number, put(number)
+
+    function = lambda task: task[0] == int(task[1][0])
+    options = {"errors": "return", "batch_size": 1}
+    results = list(processes(function, tasks(), **options))
+    assert len(results) == 20
+    assert False not in results
+    errors = [item.error for item in results if isinstance(item, FailedTask)]
+    assert errors
+    assert all(isinstance(error, pickle.UnpicklingError) for error in errors)
+    assert "replaced" in str(errors[0])
 
 
 def test_an_array_in_many_tasks_is_written_once(processes, tmp_path):
