@@ -6049,16 +6049,17 @@ def test_joblib_may_be_found_by_the_path_of_the_program_alone(program):
 @pytest.mark.once
 def test_a_result_that_cannot_be_sent_is_a_failed_task(processes):
     def limit():
-        from multiprocessing.connection import Connection
+        from multiprocessing import connection
 
-        send = Connection.send_bytes
+        kind = getattr(connection, "PipeConnection", connection.Connection)
+        send = kind.send_bytes
 
         def send_less(self, data, *arguments):
             if len(data) > 1_000_000:  # as Windows has a limit
                 raise OSError(22, "this is too large")
             send(self, data, *arguments)
 
-        Connection.send_bytes = send_less
+        kind.send_bytes = send_less
 
     options = {"initializer": limit, "errors": "return", "batch_size": 1}
     results = list(processes(bytes, [1, 2_000_000, 3], **options))
