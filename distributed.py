@@ -39,6 +39,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import atexit
+import builtins
 import contextlib
 import difflib
 import functools
@@ -641,8 +642,8 @@ class Joblib(DistributedBackend):
                 its own view. The file of an array that the program has let go is
                 removed when its batch has been read. What is a view of a `numpy.memmap`
                 already stays mapped, unless its file may have other content by now; if
-                that is replaced before a worker opens it, it is an error. Results are
-                copies, but for those in a file of the user's.
+                that is replaced before a worker opens it, it is an error. Arrays of
+                results are copies, but for views of a file of the user's.
             prefer, require
                 As in joblib.
 
@@ -2280,6 +2281,7 @@ def _loky(module: str) -> Any:
     return importlib.import_module(f"joblib.externals.loky.{module}")
 
 
+@functools.cache
 def _cloudpickle() -> Any:
     try:
         return importlib.import_module("joblib.externals.cloudpickle")
@@ -2611,7 +2613,9 @@ def _pack_error(error: Any, dump: Any) -> Any:
     text = _text_of(kind, lambda: _lines_of_traceback(error))
     # Many a class cannot be called with the `args` that it has passed to its base, as
     # pickle would. Then it is sent with what its built-in base class would pickle.
-    builtin: Any = next(b for b in kind.__mro__ if b.__module__ == "builtins")
+    # (A class has the module "builtins", too, if it was made by exec() without a name.)
+    bases = (b for b in kind.__mro__ if getattr(builtins, b.__name__, None) is b)
+    builtin: Any = next(bases)
     data, members = _dumped_error(error, error, dump), None
     if data is None and issubclass(kind, BaseExceptionGroup):
         members = [_pack_error(member, dump) for member in error.exceptions]

@@ -6047,6 +6047,19 @@ def test_joblib_may_be_found_by_the_path_of_the_program_alone(program):
 
 
 @pytest.mark.once
+def test_errors_of_code_that_has_no_name_keep_their_class(processes):
+    names = {}
+    source = "class Failed(Exception):\n    def __init__(self, a, b): pass"
+    eval(compile(source, "nameless", "exec"), names)
+
+    def function(task):
+        raise names["Failed"](1, 2)
+
+    _, error = collect(processes(function, [1]), Exception)
+    assert type(error).__name__ == "Failed"
+
+
+@pytest.mark.once
 def test_a_result_that_cannot_be_sent_is_a_failed_task(processes):
     def limit():
         from multiprocessing import connection
