@@ -6049,11 +6049,15 @@ def test_joblib_may_be_found_by_the_path_of_the_program_alone(program):
 @pytest.mark.once
 def test_errors_of_code_that_has_no_name_keep_their_class(processes):
     names = {}
-    source = "class Failed(Exception):\n    def __init__(self, a, b): pass"
+    source = """
+class Failed(Exception):
+    def __init__(self, a, *, b):
+        super().__init__(a)
+"""
     eval(compile(source, "nameless", "exec"), names)
 
     def function(task):
-        raise names["Failed"](1, 2)
+        raise names["Failed"](1, b=2)
 
     _, error = collect(processes(function, [1]), Exception)
     assert type(error).__name__ == "Failed"
