@@ -1255,20 +1255,25 @@ def _raise_if_of_handler(error: BaseException) -> None:
     """Raise an exception again that a signal handler of the program has raised.
 
     It may come out of any call: out of the iterator of the tasks, or out of pickle. A
-    handler is recognized by its arguments: the number of a signal and, next to it, the
-    frame that called it.
+    handler is recognized by its arguments, one of which is the frame that called it:
+    before that is the number of a signal, unless the handler has changed it.
     """
+    handlers = [*map(signal.getsignal, signal.valid_signals())]
+    codes = [getattr(handler, "__code__", None) for handler in handlers]
     for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals is globals():
+            continue  # to look into frames of this file would keep what they refer to
         names, rest, _, values = inspect.getargvalues(frame)
-        passed = [*map(values.get, names), *values.get(rest or "", ())]
-        if any(
-            type(caller) is types.FrameType
-            and caller is frame.f_back
-            and isinstance(number, int)
-            and number in signal.valid_signals()
-            for number, caller in itertools.pairwise(passed)
-        ):
-            raise error
+        more = values.get(rest or "", ())
+        passed = [*map(values.get, names), *(more if type(more) is tuple else ())]
+        for number, caller in itertools.pairwise(passed):
+            is_caller = type(caller) is types.FrameType and caller is frame.f_back
+            if is_caller and (frame.f_code in codes or _is_signal(number)):
+                raise error
+
+
+def _is_signal(number: Any) -> bool:
+    return isinstance(number, int) and number in signal.valid_signals()
 
 
 class _Inbox:
@@ -1777,6 +1782,8 @@ class _Engine:
         """Stop the workers, or keep them for another run. May be called again."""
 
     def pickled_function(self, task_func: Any) -> bytes:
+        # Looked at here; it is called when results are read.
+        _private(_cloudpickle().cloudpickle, "_class_setstate")
         try:
             return bytes(self.dump(task_func))
         except Exception as error:
@@ -2305,7 +2312,7 @@ def _pickling_error(what: str, error: BaseException, value: Any, dump: Any) -> A
 def _names_on_the_way(value: Any, dump: Any) -> list[str]:
     """Return the names and indices by which what cannot be pickled is reached."""
     names: list[str] = []
-    way = [value]
+    way, due = [value], time.monotonic() + 0.1
     while len(way) < 20:  # it may be nested deeply
         for name, part in _parts(way[-1]):
             try:
@@ -2316,26 +2323,30 @@ def _names_on_the_way(value: Any, dump: Any) -> list[str]:
                     names += [] if name is None else [_short_repr(name)]
                     way.append(part)
                     break
+            if time.monotonic() > due:
+                return names
         else:
             break
     return names
 
 
-def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+def _parts(value: Any) -> list[tuple[Any, Any]]:
     """Return what is pickled with a value, by names, or None where it has no name."""
-    if isinstance(value, dict):
-        return value.items()
-    if isinstance(value, (list, tuple)):
-        return enumerate(value)
     try:
+        if isinstance(value, dict):
+            return [*value.items()]
+        if isinstance(value, (list, tuple)):
+            return [*enumerate(value)]
         if isinstance(value, types.FunctionType):
             used = inspect.getclosurevars(value)
             return [*used.nonlocals.items(), *used.globals.items()]
-        _, arguments, *states = value.__reduce_ex__(4)
-        return zip(itertools.repeat(None), (*arguments, *states))
+        # The arguments of a call, a state and, perhaps, items: see object.__reduce__
+        _, *parts = value.__reduce_ex__(4)
+        tuples = [part if type(part) is tuple else (part,) for part in parts]
+        return [(None, part) for part in itertools.chain(*tuples)]
     except Exception as error:
         _raise_if_of_handler(error)
-        return ()
+        return []
 
 
 def _caused(failure: Any, error: BaseException) -> Any:
@@ -2536,7 +2547,7 @@ def _read_results(received: Any) -> list[Any]:
 
 
 class _ResultUnpickler(pickle.Unpickler):
-    """Leaves classes that are here already as they are.
+    """Leaves classes as they are that *is_here* knows.
 
     cloudpickle sends the state of a class with it, which in a worker may be another
     one, and whose functions have global variables of their own.
@@ -2556,6 +2567,8 @@ class _ResultUnpickler(pickle.Unpickler):
 def _loaded(data: bytes) -> Any:
     """Return what was pickled, or _NoResult."""
     try:
+        if b"_class_setstate" not in data:  # which is faster
+            return pickle.loads(data)
         return _ResultUnpickler(data, _is_found_by_name).load()
     except (Exception, SystemExit, GeneratorExit) as error:
         _raise_if_of_handler(error)
@@ -2593,7 +2606,6 @@ def _class_at(index: int) -> Any:
     return _module_of_workers()._in_thread.classes[index]
 
 
-@functools.cache
 def _module_of_workers() -> Any:
     """Return the module of this file by the name that it has in workers.
 
@@ -2601,9 +2613,11 @@ def _module_of_workers() -> Any:
     this file find out by it what the worker does.
     """
     name = _code_to_send()[2]
-    module = types.ModuleType(name)
-    vars(module).update(globals())  # for workers that are threads of this process
-    return sys.modules.setdefault(name, module)
+    if name not in sys.modules:
+        module = types.ModuleType(name)
+        vars(module).update(globals())  # for workers that are threads of this process
+        sys.modules.setdefault(name, module)
+    return sys.modules[name]
 
 
 def _pack_error(error: Any, dump: Any) -> Any:
@@ -2646,7 +2660,7 @@ def _lines_of_traceback(error: BaseException) -> Iterator[str]:
 
 
 def _dumped_error(error: Any, form: Any, dump: Any) -> Any:
-    """Return a pickle of *form*, which stands for an exception; None if it is useless."""
+    """Return a pickle of *form*, which stands for an exception; or None."""
     with contextlib.suppress(BaseException):
         data = dump(form)
         loaded = _ResultUnpickler(data, lambda kind: True).load()
@@ -2922,12 +2936,14 @@ _last_function: dict[str, Any] = {}  # of a worker of another backend; by its ke
 
 def _answer_in_worker(key: str, function: Any, messages: list[Any]) -> list[Any]:
     """Run a batch by the function of the run *key*; the worker keeps one function."""
-    if key not in _last_function:
+    loaded = _last_function.get(key)  # once: there may be other threads
+    if loaded is None:
         if not isinstance(function, _LoadedFunction):  # a reference of Ray
             function = importlib.import_module("ray").get(function)
+        loaded = function
         _last_function.clear()
-        _last_function[key] = function
-    return cast("list[Any]", _last_function[key](messages))
+        _last_function[key] = loaded
+    return cast("list[Any]", loaded(messages))
 
 
 # --------------------------------------------------------------------------------------
@@ -3033,8 +3049,6 @@ class _Processes(_Engine):
             )
         self.files = _ArrayFiles(self.options)
         _pickle_main_by_value()
-        # Looked at here; it is called when results are read.
-        _private(_cloudpickle().cloudpickle, "_class_setstate")
         self.dump = _make_dump({**_common_reducers(), **self.files.reducers})
         payload = self.pickled_function(run.task_func)
         settings: Any = payload, run.returns_errors, {}
@@ -3158,8 +3172,9 @@ def _pickle_main_by_value() -> None:
 class _SharedRun:
     """What attendants know of a run: its function, its limits and its failures.
 
-    It does not refer to the run. They count at once, and without a lock: so a failure,
-    or an earlier `skip_after`, may be lost, which costs no more than another try.
+    It does not refer to the run. Attendants change it at the same time, without a lock:
+    so a failure, or an earlier `skip_after`, may be lost, which costs no more than
+    another try.
     """
 
     def __init__(self, message: bytes, run: _Run) -> None:
@@ -3366,7 +3381,7 @@ class _Process:
             _kill([self.popen])
 
         timer = threading.Timer(self.patience, kill)
-        _start(timer)
+        timer.start()
         try:
             self.connection.send_bytes(message)
         except OSError:
@@ -3443,7 +3458,7 @@ class _Process:
                 end.close()
 
     def kill(self) -> int | None:
-        """Kill it with all that it has started; return its exit code. May be repeated."""
+        """Kill it with all that it has started; return its exit code. Repeatable."""
         self.run, self.done, code = None, 0, None
         if self.popen is not None:
             _kill([self.popen])
@@ -3496,7 +3511,7 @@ def _start_python(
 class _Attendant:
     """Has jobs done by a worker process, and by those that replace it; in a thread.
 
-    Other threads read `process` and `start_error`, and set `idle_until`.
+    Other threads read `process`, `thread` and `start_error`, and set `idle_until`.
     """
 
     def __init__(self, pool: _Pool) -> None:
@@ -3847,6 +3862,7 @@ class _Server:
                 reply = function.answer(messages, self.pickler, None, send)
                 self.page[_NANOSECONDS] = time.perf_counter_ns() - start
                 self.reply(reply)
+                del reply  # which may be large
                 continue
             function = None
             gc.collect()
@@ -4099,9 +4115,9 @@ def _call_windows(name: str, *arguments: Any) -> Any:
 def _kill(processes: list[Any]) -> None:
     """Kill processes, and all that they have started, also if they have ended.
 
-    Each leads a session. A program that has made one of its own goes on. On Linux, a session
-    is found though it has several process groups; elsewhere, only the first group is.
-    On Windows, a job object is all of that.
+    Each leads a session. A program that has made one of its own goes on. On Linux, a
+    session is found though it has several process groups; elsewhere, only the first
+    group is. On Windows, a job object is all of that.
     """
     if sys.platform == "win32":
         for process in processes:
@@ -4236,9 +4252,10 @@ def _reduce_to_mapping(array: Any) -> Any:
     differ by now: private changes, and a file that another has replaced.
     """
     root: Any = _mapped_root(array)
+    identity = None if root is None else _identity_of(root.filename)
     numpy: Any = sys.modules["numpy"]
     if not (
-        root is not None
+        identity is not None
         and root.mode in ("r", "r+", "w+")  # with "c", changes are private
         and root.flags.forc
         and array.nbytes
@@ -4255,22 +4272,30 @@ def _reduce_to_mapping(array: Any) -> Any:
         mode = "r+" if array.flags.writeable else "r"
         order = "C" if array.flags.c_contiguous else "F"
         place = root.filename, array.dtype, mode, root.offset + low, array.shape, order
-        return _ByName("_mapped"), (_identity_of(root.filename), *place)
+        return _ByName("_mapped"), (identity, *place)
     part = root.ravel("K").view("u1")[low:high]  # it is contiguous
     return numpy.ndarray, (array.shape, array.dtype, part, first - low, array.strides)
 
 
 def _mapped(identity: Any, file: Any, *place: Any) -> Any:
     """Return a `numpy.memmap`, if another file has not taken the place of its file."""
+    _check_identity(file, identity)  # first, since numpy makes a short file longer
     array = importlib.import_module("numpy").memmap(file, *place)
-    if _identity_of(file) != identity:
-        raise OSError(f"{file} is not the file that was mapped: it has been replaced")
+    _check_identity(file, identity)
     return array
 
 
-def _identity_of(file: Any) -> tuple[int, int]:
-    found = os.stat(file)
-    return found.st_dev, found.st_ino
+def _check_identity(file: Any, identity: Any) -> None:
+    if _identity_of(file) != identity:
+        message = "is not the file that was mapped: it has been replaced or removed"
+        raise OSError(f"{file} {message}")
+
+
+def _identity_of(file: Any) -> Any:
+    with contextlib.suppress(OSError, TypeError):  # there is none, or it has no name
+        found = os.stat(file)
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _address_of(array: Any) -> int:
@@ -4358,6 +4383,7 @@ class _ArrayFiles:
             os.chmod(reference.file, 0o600)
         except OSError as error:
             self.remove(reference)
+            _raise_if_of_handler(error)
             raise OSError(
                 error.errno,
                 f"{error.strerror}: large arrays cannot be put into files there; the "
@@ -4401,10 +4427,10 @@ class _ArrayFiles:
         if self.pid == os.getpid():
             try:
                 os.unlink(reference.file)
-            except PermissionError:  # on Windows, while a worker maps it
-                self.mapped.append(reference)
-            except OSError:
-                pass
+            except OSError as error:
+                _raise_if_of_handler(error)
+                if isinstance(error, PermissionError):  # Windows: a worker maps it
+                    self.mapped.append(reference)
 
     def are_read_only(self) -> bool:
         """Return whether workers map some of them, and cannot write to them."""
@@ -4577,9 +4603,12 @@ def _undisturbed(function: Callable[[], Any]) -> Any:
 
     _thread.start_new_thread(call, ())
     result, error = outcome.get()
-    if error is not None:
-        raise error
-    return result
+    try:
+        if error is not None:
+            raise error
+        return result
+    finally:
+        del error  # its traceback refers to this frame
 
 
 def _call_in_thread(function: Callable[[], object]) -> None:
@@ -4588,8 +4617,8 @@ def _call_in_thread(function: Callable[[], object]) -> None:
         if not sys.is_finalizing():
             _start(threading.Thread(target=function, daemon=True))
             return
-    except RuntimeError:  # a limit is reached, or the interpreter exits
-        pass
+    except RuntimeError as error:  # a limit is reached, or the interpreter exits
+        _raise_if_of_handler(error)
     function()
 
 

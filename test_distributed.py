@@ -2665,14 +2665,57 @@ def test_what_a_handler_raises_comes_at_once_and_as_it_is(
     assert capfd.readouterr().err == ""
 
 
+def renaming_handler(number, frame):
+    number = signal.Signals(number).name
+    raise Alarm(number)
+
+
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "handler", [Handler(), Handler().method], ids=["object", "method"]
+    "handler",
+    [Handler(), Handler().method, renaming_handler],
+    ids=["object", "method", "renaming"],
 )
 def test_a_handler_may_be_any_callable(processes, handler):
     with handled(USER_SIGNAL, handler):
         _, error = collect(processes(run, SIGNALLED["pickled"]()), Exception)
     assert type(error) is Alarm
+
+
+@pytest.mark.once
+def test_a_time_out_of_a_handler_is_none_of_files(processes, monkeypatch):
+    def time_out(number, frame):
+        raise TimeoutError("of the program")
+
+    def dump(array, file):
+        signal.raise_signal(USER_SIGNAL)
+
+    monkeypatch.setattr(joblib, "dump", dump)
+    tasks = [numpy.zeros(300_000)]
+    with handled(USER_SIGNAL, time_out):
+        _, error = collect(processes(len, tasks, errors="return"), TimeoutError)
+    assert str(error) == "of the program"
+
+
+def test_an_error_of_a_function_that_has_changed_its_arguments_is_its_own(setup):
+    def function(*args):
+        (args,) = args
+        raise ValueError("mine")
+
+    results = list(setup(function, [1, 2], errors="return"))
+    assert [str(result.error) for result in results] == ["mine"] * 2
+
+
+class CannotBeLookedInto(dict):
+    def items(self):
+        raise LookupError("stay out")
+
+
+@pytest.mark.once
+def test_an_error_of_pickling_is_not_looked_for_where_that_fails(processes):
+    bad = CannotBeLookedInto(lock=threading.Lock())
+    (failed,) = processes(id, [bad], errors="return")
+    assert type(failed.error) is pickle.PicklingError
 
 
 def look_up(frame, name):
@@ -5977,6 +6020,7 @@ def test_reducers_of_the_user_are_asked_for_plain_results(processes):
 
 CLASSES_OF_THE_PROGRAM = """
     import collections, importlib, sys
+    from unittest import mock
     from yourpackage import distributed
     from yourpackage.distributed import Joblib
 
@@ -6009,6 +6053,8 @@ CLASSES_OF_THE_PROGRAM = """
         return Failed(1).value()
 
     if __name__ == "__main__":
+        with mock.patch.dict(sys.modules):
+            list(Joblib.setup(Plain, [1], 2))
         for RATE in (1, 2):
             for function in (Plain, Row, fail):
                 for result in Joblib.setup(function, [1], 2, errors="return"):
