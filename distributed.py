@@ -4252,7 +4252,7 @@ def _reduce_to_mapping(array: Any) -> Any:
     differ by now: private changes, and a file that another has replaced.
     """
     root: Any = _mapped_root(array)
-    identity = None if root is None else _identity_of(root.filename)
+    identity = _identity_of(getattr(root, "filename", None))
     numpy: Any = sys.modules["numpy"]
     if not (
         identity is not None
