@@ -7396,7 +7396,7 @@ def test_files_that_cannot_be_removed_are_tried_again_now_and_then(
         options = {"temp_folder": str(tmp_path), "batch_size": 1}
         with contextlib.closing(processes(numpy.mean, tasks, **options)) as results:
             assert sum(itertools.islice(results, 60)) == sum(range(60))
-        assert 60 <= len(calls) <= 400
+            assert 50 <= len(calls) <= 300  # before the end, which tries all
     Joblib.shutdown()
     assert left_in(tmp_path) == []
 
