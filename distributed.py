@@ -107,6 +107,7 @@ __source__ = ""  # where newer ones are to be found; for its owner to fill in
 
 T = TypeVar("T")
 R = TypeVar("R")
+E = TypeVar("E", bound=BaseException)
 
 
 class DistributedBackend(ABC):
@@ -947,8 +948,8 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
     known, for_constructor = _option_names(kind, _engine_class(backend).more_options)
     for name, value in options.items():
         if name not in known:
-            option, of = f"{name}={value!r}", kind.__name__
-            raise TypeError(_why_unknown(name, option, of, known, for_constructor))
+            names = known, for_constructor
+            raise TypeError(_why_unknown(name, value, kind.__name__, *names))
         _check_option(name, value)
     # The number of workers may not be known yet: 64 stands for it.
     _count_of_batches(options.get("pre_dispatch", "all"), n_jobs if n_jobs > 1 else 64)
@@ -958,8 +959,9 @@ def _check_options(options: dict[str, Any], backend: Any, n_jobs: int) -> None:
 
 
 def _why_unknown(
-    name: str, option: str, kind: str, known: Any, for_constructor: Any
+    name: str, value: Any, kind: str, known: Any, for_constructor: Any
 ) -> str:
+    option = f"{name}={value!r}"
     if name in _INSTEAD:
         return f"{option} is not an option: use {_INSTEAD[name]}"
     if name in _OF_PROCESSES:
@@ -1258,8 +1260,6 @@ def _raise_if_of_handler(error: BaseException) -> None:
     handler is recognized by its arguments, one of which is the frame that called it:
     before that is the number of a signal, unless the handler has changed it.
     """
-    handlers = [*map(signal.getsignal, signal.valid_signals())]
-    codes = [getattr(handler, "__code__", None) for handler in handlers]
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_globals is globals():
             continue  # to look into frames of this file would keep what they refer to
@@ -1268,12 +1268,17 @@ def _raise_if_of_handler(error: BaseException) -> None:
         passed = [*map(values.get, names), *(more if type(more) is tuple else ())]
         for number, caller in itertools.pairwise(passed):
             is_caller = type(caller) is types.FrameType and caller is frame.f_back
-            if is_caller and (frame.f_code in codes or _is_signal(number)):
+            if is_caller and (_is_signal(number) or _is_of_handler(frame.f_code)):
                 raise error
 
 
 def _is_signal(number: Any) -> bool:
     return isinstance(number, int) and number in signal.valid_signals()
+
+
+def _is_of_handler(code: types.CodeType) -> bool:
+    handlers = map(signal.getsignal, signal.valid_signals())
+    return any(getattr(handler, "__code__", None) is code for handler in handlers)
 
 
 class _Inbox:
@@ -2008,7 +2013,7 @@ class _Dask(_Engine):
         super().__init__(backend)
         self.client = backend.client
         self.futures: set[Any] = set()  # of batches that are out
-        self.function_future: Any = None  # a future
+        self.function_future: Any = None
         self.over = threading.Event()
 
     def sends_results(self, n_jobs: int, asks: Any) -> bool:
@@ -2109,21 +2114,21 @@ class _Dask(_Engine):
         with contextlib.suppress(Exception):  # the client has been closed, say
             self.counted = max(2, sum((await self.client.ncores()).values()))
 
-    async def copy_to_workers(self, function: Any) -> None:
+    async def copy_to_workers(self, function_future: Any) -> None:
         """Copy the function to all workers of the moment.
 
         Dask has a call run where its arguments are, and moves calls to idle workers
         only if earlier calls of the same name took long.
         """
         with contextlib.suppress(Exception, asyncio.CancelledError):
-            await function.exception(asynchronous=True)
+            await function_future.exception(asynchronous=True)
             # A worker that does not answer must not keep the others from work.
-            copying = self.client.replicate([function], asynchronous=True)
+            copying = self.client.replicate([function_future], asynchronous=True)
             await asyncio.wait_for(copying, _PATIENCE)
         self.is_handed_out.set()
 
     async def run(
-        self, function: Any, number: int, arguments: Any, report: _ReportFunction
+        self, function_future: Any, number: int, arguments: Any, report: _ReportFunction
     ) -> None:
         """Have a batch run, and report its outcome."""
         future: Any = None
@@ -2132,14 +2137,14 @@ class _Dask(_Engine):
             await self.is_handed_out.wait()
             if not self.over.is_set():
                 apply = importlib.import_module("dask.utils").apply
-                future = self.call(number, apply, function, arguments)
+                future = self.call(number, apply, function_future, arguments)
                 self.futures.add(future)
                 if self.over.is_set():  # meanwhile
                     await self.client.cancel([future], asynchronous=True)
                 report(await self.client.gather(future, asynchronous=True))
         except BaseException as error:
             # Without the function, no other batch could be run, either.
-            is_lost = function.status in ("cancelled", "error")
+            is_lost = function_future.status in ("cancelled", "error")
             report(_Failure(error, ends_run=is_lost))
         self.futures.discard(future)
 
@@ -2253,8 +2258,8 @@ def _reduce_cached(function: Any) -> Any:
     by_value = _cloudpickle().list_registry_pickle_by_value()
     module = function.__module__ or ""  # a method of a built-in type has none
     names = itertools.accumulate(module.split("."), "{}.{}".format)
-    is_here = _is_found_by_name(function)
-    if is_here and not {"__main__", *by_value}.intersection(names):
+    is_by_value = {"__main__", *by_value}.intersection(names)
+    if _is_found_by_name(function) and not is_by_value:
         return function.__reduce__()
     settings = function.__wrapped__, function.cache_parameters()
     return _InWorker("_cached"), settings, vars(function)
@@ -2296,7 +2301,9 @@ def _cloudpickle() -> Any:
         return importlib.import_module("cloudpickle")
 
 
-def _pickling_error(what: str, error: BaseException, value: Any, dump: Any) -> Any:
+def _pickling_error(
+    what: str, error: BaseException, value: Any, dump: Any
+) -> pickle.PicklingError:
     """Return an exception that says what cannot be pickled, and where in *value* it is.
 
     Python 3.14 says that itself, by notes.
@@ -2349,7 +2356,7 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
         return []
 
 
-def _caused(failure: Any, error: BaseException) -> Any:
+def _caused(failure: E, error: BaseException) -> E:
     """Return an exception with its cause."""
     # Without the frame that has caught it, which will refer to this exception.
     trace = error.__traceback__
@@ -2358,7 +2365,7 @@ def _caused(failure: Any, error: BaseException) -> Any:
     return failure
 
 
-def _unpickling_error(what: str, error: BaseException) -> Any:
+def _unpickling_error(what: str, error: BaseException) -> pickle.UnpicklingError:
     """Return an exception that says what cannot be unpickled, and what to do."""
     message = f"{what}: {_error_line(error)}"
     trace: Any = error.__traceback__
@@ -2409,7 +2416,7 @@ class _PlainPickler(pickle.Pickler):
             return _class_at, (self.classes.index(value),)
         if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
             if kind is numpy.ndarray and not value.dtype.hasobject:
-                if _reduce_to_mapping(value) is None:
+                if _reduce_to_mapping_of_user(value) is None:
                     return _reduce_to_copy(value)
             elif kind is not numpy.void and isinstance(value, numpy.generic):
                 return NotImplemented
@@ -2470,10 +2477,10 @@ _CONTAINERS = frozenset((dict, list, set))
 class _ReplyPickler:
     """Pickles the replies of a worker."""
 
-    def __init__(self, reducers: Any, page: Any) -> None:
-        self.dump = _make_dump(reducers)
+    def __init__(self, reducers: Any, page: Any, user_reducers: Any = None) -> None:
+        self.dump = _make_dump({**reducers, **(user_reducers or {})})
         self.page = page  # see _BEGUN
-        self.takes_plain = True  # else reducers of the user have a say
+        self.takes_plain = not user_reducers  # else these have a say
 
     def reply(self, kind: bytes, results: list[Any]) -> bytes:
         """Return the reply that has these results, some of which may be _NoResult."""
@@ -2564,12 +2571,16 @@ class _ResultUnpickler(pickle.Unpickler):
         return lambda kind, state: kind if self.is_here(kind) else found(kind, state)
 
 
+def _load(data: bytes, is_here: Callable[[Any], bool]) -> Any:
+    if b"_class_setstate" not in data:
+        return pickle.loads(data)  # which is faster
+    return _ResultUnpickler(data, is_here).load()
+
+
 def _loaded(data: bytes) -> Any:
     """Return what was pickled, or _NoResult."""
     try:
-        if b"_class_setstate" not in data:  # which is faster
-            return pickle.loads(data)
-        return _ResultUnpickler(data, _is_found_by_name).load()
+        return _load(data, _is_found_by_name)
     except (Exception, SystemExit, GeneratorExit) as error:
         _raise_if_of_handler(error)
         what = "the result cannot be unpickled"
@@ -2612,12 +2623,11 @@ def _module_of_workers() -> Any:
     In the program, `_class_at` is unpickled by that name; in a worker, other copies of
     this file find out by it what the worker does.
     """
-    name = _code_to_send()[2]
-    if name not in sys.modules:
-        module = types.ModuleType(name)
+    if _NAME_IN_WORKERS not in sys.modules:
+        module = types.ModuleType(_NAME_IN_WORKERS)
         vars(module).update(globals())  # for workers that are threads of this process
-        sys.modules.setdefault(name, module)
-    return sys.modules[name]
+        sys.modules.setdefault(_NAME_IN_WORKERS, module)
+    return sys.modules[_NAME_IN_WORKERS]
 
 
 def _pack_error(error: Any, dump: Any) -> Any:
@@ -2663,7 +2673,7 @@ def _dumped_error(error: Any, form: Any, dump: Any) -> Any:
     """Return a pickle of *form*, which stands for an exception; or None."""
     with contextlib.suppress(BaseException):
         data = dump(form)
-        loaded = _ResultUnpickler(data, lambda kind: True).load()
+        loaded = _load(data, lambda kind: True)
         if form is not error or repr(loaded.args) == repr(error.args):
             return data
     return None
@@ -2674,8 +2684,7 @@ def _unpacked_error(packed: Any) -> BaseException:
     data, members, summary, text = packed
     error: BaseException
     try:
-        # Without data, this fails.
-        form = _ResultUnpickler(data or b"", _is_found_by_name).load()
+        form = _load(data or b"", _is_found_by_name)  # without data, this fails
         if members is not None:
             builtin, kind, args, state = form
             form = builtin, kind, (*args, [*map(_unpacked_error, members)]), state
@@ -2720,12 +2729,15 @@ def load(magic, version, name, code):
 """
 
 
+# The name that the module of this file has in workers.
+_NAME_IN_WORKERS = "_joblib_batches_" + __version__.replace(".", "_")
+
+
 @functools.cache
 def _code_to_send() -> tuple[bytes, str, str, bytes]:
     """Return the arguments of `load`, above."""
-    name = "_joblib_batches_" + __version__.replace(".", "_")
-    version = sys.version.split()[0]
-    return importlib.util.MAGIC_NUMBER, version, name, marshal.dumps(_CODE)
+    version, code = sys.version.split()[0], marshal.dumps(_CODE)
+    return importlib.util.MAGIC_NUMBER, version, _NAME_IN_WORKERS, code
 
 
 class _InWorker:
@@ -2746,7 +2758,7 @@ class _ByName(_InWorker):
     """A function of this file, where its module is known to have been loaded."""
 
     def __reduce__(self) -> Any:
-        names = {"module": _code_to_send()[2], "name": self.name}
+        names = {"module": _NAME_IN_WORKERS, "name": self.name}
         return eval, ("getattr(__import__(module), name)", names)
 
 
@@ -3293,7 +3305,7 @@ def _new_page() -> tuple[Any, Any]:
     try:
         file: Any = os.fdopen(os.memfd_create("tasks begun"), "r+b", buffering=0)
     except (AttributeError, OSError):  # macOS, or it is not permitted
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 # its user closes it
     # Written, since on a full disk a hole in the file would be a SIGBUS.
     file.write(bytes(_PAGE_BYTES))
     return file, file.fileno()
@@ -3843,8 +3855,7 @@ class _Server:
 
     def answer_all(self, user_reducers: dict[Any, Any]) -> None:
         reducers = {**_common_reducers(), **_array_reducers(_reduce_result)}
-        self.pickler = _ReplyPickler({**reducers, **user_reducers}, self.page)
-        self.pickler.takes_plain = not user_reducers
+        self.pickler = _ReplyPickler(reducers, self.page, user_reducers)
         self.reply(_READY)
         # Later collections skip what is there by now. PyPy has no gc.freeze.
         getattr(gc, "freeze", gc.collect)()
@@ -4220,13 +4231,17 @@ def _array_reducers(reducer: Any) -> dict[Any, Any]:
 
 
 def _reduce_result(array: Any) -> Any:
-    """Reduce an array to its place in a file of the user's, if it is mapped; else copy.
+    return _reduce_to_mapping_of_user(array) or _reduce_to_copy(array)
+
+
+def _reduce_to_mapping_of_user(array: Any) -> Any:
+    """Reduce an array to its place in a file of the user's, or return None.
 
     A file of this module's is soon removed, and may be much larger than a view of it.
     """
     root = _mapped_root(array)
     is_ours = root is not None and _FOLDER_NAME in str(root.filename)
-    return (None if is_ours else _reduce_to_mapping(array)) or _reduce_to_copy(array)
+    return None if is_ours else _reduce_to_mapping(array)
 
 
 def _mapped_root(array: Any) -> Any:

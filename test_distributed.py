@@ -1799,7 +1799,7 @@ def test_what_makes_a_session_of_its_own_goes_on(processes, seconds, tmp_path):
     assert sleeping(seconds) == [sleeper]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sessions")
+@pytest.mark.skipif(os.name != "posix", reason="needs sessions")
 def test_whoever_has_the_id_of_a_worker_that_is_gone_is_left_alone():
     with subprocess.Popen(["sleep", "3600"], start_new_session=True) as stranger:
         distributed._kill([types.SimpleNamespace(pid=stranger.pid, poll=lambda: 0)])
