@@ -3880,6 +3880,7 @@ class _Server:
             if messages[0][:1] == _FUNCTION:
                 settings, watches = pickle.loads(memoryview(messages.pop())[1:])
                 function = _LoadedFunction(*settings)
+                del settings  # which has the payload
                 send = self.send_some if watches else None
                 self.reply(function.load(self.pickler.dump))
                 function.payload = b""

@@ -3337,6 +3337,26 @@ def pids_of(**options):
         return set(Joblib.setup(eval, tasks, **options))
 
 
+class Large:
+    def __init__(self):
+        self.data = bytes(200_000_000)
+
+    def call(self, task):
+        return os.getpid()
+
+
+@needs_proc
+@pytest.mark.once
+@pytest.mark.timeout(30)
+def test_idle_workers_keep_no_bytes_of_the_function(fresh):
+    def megabytes(pid):
+        text = Path(f"/proc/{pid}/statm").read_text()
+        return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    (pid,) = set(Joblib.setup(by_value(Large)().call, [1], 2, batch_size=1))
+    wait_until(lambda: megabytes(pid) < 150)
+
+
 @pytest.mark.slow
 def test_idle_workers_are_kept_for_the_next_run():
     Joblib.shutdown()
